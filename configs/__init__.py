@@ -1,0 +1,1 @@
+"""Resources: methods, suites and experiments as YAML, read through ``importlib.resources``."""

@@ -1,0 +1,1 @@
+"""Ready experiments, with the small checkpoints that they start from."""

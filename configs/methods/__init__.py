@@ -1,0 +1,1 @@
+"""Published methods as presets: one YAML a method."""

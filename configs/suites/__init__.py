@@ -1,0 +1,1 @@
+"""Evaluation suites: one YAML a suite."""

@@ -1,0 +1,56 @@
+"""Actions as text: one JSON call, a JSON list of calls, or a text to the user."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from opd_agents.errors import OpdError
+from opd_agents.types import ToolCall
+
+# A call in a model's own syntax that could not be read arrives here unchanged: never take it for an answer.
+CALL_MARKERS = ("<tool_call>", "</tool_call>")
+
+
+class BadAction(OpdError):
+    """The action can be read neither as tool calls nor as a text; the agent reads the message."""
+
+
+def parse_action(action: str) -> tuple[ToolCall, ...]:
+    """The calls that ``action`` asks for, in order; none if it is a text to the user.
+
+    What begins with ``{`` or ``[`` is meant as JSON. Raises BadAction for JSON that is broken or no call, for
+    an empty action, and for the markup of a tool call that the chat could not read.
+    """
+    text = action.strip()
+    if not text:
+        raise BadAction('empty action; send {"name":...,"arguments":{...}} or a text to the user')
+    if text[0] not in "{[":
+        if any(marker in text for marker in CALL_MARKERS):
+            hint = 'send <tool_call>{"name":...,"arguments":{...}}</tool_call>, complete'
+            raise BadAction(f"malformed tool call; {hint}")
+        return ()
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # nesting beyond the interpreter's limit is bad input too
+        raise BadAction(f"invalid JSON: {error}") from error
+    calls = value if isinstance(value, list) else [value]
+    if not calls:
+        raise BadAction("empty list of calls")
+    return tuple(_call(item) for item in calls)
+
+
+def format_calls(calls: Sequence[ToolCall]) -> str:
+    """The canonical action of ``calls``: compact JSON, one object for one call, otherwise a list."""
+    items = [{"name": call.name, "arguments": dict(call.arguments)} for call in calls]
+    return json.dumps(items[0] if len(items) == 1 else items, separators=(",", ":"), ensure_ascii=False)
+
+
+def _call(item: Any) -> ToolCall:
+    if not isinstance(item, dict) or not isinstance(item.get("name"), str):
+        raise BadAction('a call must be a JSON object {"name":"...","arguments":{...}}')
+    arguments = item.get("arguments", {})
+    if not isinstance(arguments, dict):
+        raise BadAction(f'the "arguments" of {item["name"]!r} must be a JSON object')
+    return ToolCall(item["name"], arguments)

@@ -1,0 +1,151 @@
+"""Finding environments by id: built-in ones, plug-ins named by the user, and installed packages."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+import sys
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+
+from opd_agents.envs.base import AgentEnv
+from opd_agents.errors import EnvironmentContractError, UnknownName, UserError
+
+GROUP = "opd_agents.envs"  # entry points: the value is a module that calls register() when imported
+LISTED_BY = "opd-agents envs"
+
+_entry_points: dict[str, str] = {}
+_loaded_groups: set[str] = set()
+
+
+def register(id: str, entry_point: str, **kwargs: Any) -> None:
+    """Register an AgentEnv under ``id`` ("namespace/Name-v0"), also for ``gymnasium.make``.
+
+    ``entry_point`` is "module:Class" as a string, imported at the first ``make``; ``kwargs`` go to the class.
+    Raises UserError for a malformed id or entry point, and for ``max_episode_steps``.
+    """
+    if "max_episode_steps" in kwargs:
+        raise UserError(
+            f"{id}: max_episode_steps is refused. gymnasium's TimeLimit wrapper keeps its counter outside "
+            "the environment, so a restored episode would be cut short; set max_turns in the environment."
+        )
+    if not isinstance(entry_point, str) or entry_point.count(":") != 1:
+        raise UserError(f"{id}: entry_point must be a string 'module:Class', got {entry_point!r}.")
+    try:
+        gymnasium.register(id, entry_point, order_enforce=False, disable_env_checker=True, kwargs=kwargs)
+    except gymnasium.error.Error as error:
+        raise UserError(f"{id!r} cannot be registered: {error}") from error
+    _entry_points[id] = entry_point
+
+
+def make(id: str, **kwargs: Any) -> AgentEnv:
+    """The environment ``id`` without any wrapper; ``kwargs`` go to its class.
+
+    Raises UnknownName, UserError for arguments that the class does not take or a class that cannot be
+    imported, EnvironmentContractError if it is no AgentEnv.
+    """
+    cls = _load_class(id)
+    if not issubclass(cls, AgentEnv):
+        raise EnvironmentContractError(f"{id}: {cls.__qualname__} is no opd_agents.envs.AgentEnv.")
+    accepted = inspect.signature(cls.__init__).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    for name in kwargs:
+        if name not in accepted and not takes_any:
+            known = ", ".join(list(accepted)[1:]) or "none"
+            raise UserError(f"{id} takes no argument {name!r}; it takes {known}.")
+    env = gymnasium.make(id, **kwargs)
+    assert isinstance(env, AgentEnv)  # register() asked for no wrapper
+    return env
+
+
+def list_envs() -> list[str]:
+    """The ids of all environments that can be made, sorted."""
+    _load_entry_points()
+    return sorted(_entry_points)
+
+
+def describe(id: str) -> dict[str, Any]:
+    """What `opd-agents envs --json` prints of one environment, as plain data."""
+    env = make(id)
+    try:
+        return {
+            "id": id,
+            "family": env.family,
+            "fork_mode": env.fork_mode,
+            "tools": [tool.name for tool in env.tools],
+            "splits": dict(env.split_sizes),
+            "extra": env.extra,
+            "licence": env.licence,
+        }
+    finally:
+        env.close()
+
+
+def import_plugins(names: Iterable[str]) -> None:
+    """Import modules or Python files, which register their environments as they are imported.
+
+    A file ``desk.py`` is imported as the module ``desk`` and its folder joins ``sys.path``, so that
+    "desk:MyDesk" is a valid entry point here and in worker processes that import the same names. Raises
+    UserError for a missing file or module, a taken module name, and an import that fails.
+    """
+    for name in names:
+        if name.endswith(".py"):
+            _import_file(Path(name).expanduser().resolve())
+        else:
+            _import(name, name)
+
+
+def _import_file(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"Plug-in file {path} does not exist.")
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # at the end: its other files must not hide installed modules
+    _import(path.stem, str(path))
+    origin = sys.modules[path.stem].__file__
+    if origin is None or Path(origin).resolve() != path:
+        raise UserError(f"Plug-in file {path} has the name of another module, {origin}: rename the file.")
+
+
+def _import(module: str, name: str) -> None:
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == module:
+            hint = "a file must be named with its .py"
+            raise UserError(f"Plug-in module {name!r} was not found; {hint}.") from error
+        raise UserError(f"Plug-in {name} failed to import: {type(error).__name__}: {error}") from error
+
+
+def _load_class(id: str) -> type:
+    if id not in _entry_points:
+        _load_entry_points()
+    if id not in _entry_points:
+        raise UnknownName("environment", id, _entry_points, LISTED_BY)
+    module, name = _entry_points[id].split(":")
+    try:
+        found = vars(importlib.import_module(module)).get(name)
+    except ImportError as error:
+        raise UserError(f"{id}: its module {module} cannot be imported: {error}") from error
+    if not isinstance(found, type):
+        raise UserError(f"{id}: module {module} has no class {name}.")
+    return found
+
+
+def _load_entry_points() -> None:
+    """Import the installed plug-ins, once; a broken one is a warning, for it must not stop all others."""
+    if GROUP in _loaded_groups:
+        return
+    _loaded_groups.add(GROUP)
+    for entry in importlib.metadata.entry_points(group=GROUP):
+        try:
+            entry.load()
+        except Exception as error:
+            warnings.warn(f"plug-in {entry.name} ({entry.value}) failed to load: {error!r}", stacklevel=2)
+
+
+register("opd_agents/OrderDesk-v0", "opd_agents.envs.orderdesk:OrderDesk")

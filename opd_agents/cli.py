@@ -1,0 +1,327 @@
+"""The command line: thin commands over the library, one boundary for errors.
+
+Exit codes: 0 done, 1 failed, 2 the user's mistake. Heavy modules are imported inside the commands, so that
+``--help``, ``envs`` and ``methods`` answer at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import importlib.resources
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from typer.core import TyperGroup
+
+from opd_agents.errors import ConfigError, OpdError, UserError
+
+if TYPE_CHECKING:
+    from opd_agents.types import Trajectory
+
+out = Console()
+err = Console(stderr=True)
+
+
+class Commands(TyperGroup):
+    """The error boundary: a message on standard error and an exit code; ``OPD_DEBUG=1`` shows tracebacks."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (OpdError, OSError, KeyboardInterrupt) as error:
+            if os.environ.get("OPD_DEBUG") == "1" or isinstance(error, BrokenPipeError):
+                raise
+            label = "" if isinstance(error, KeyboardInterrupt) else "[bold red]error:[/] "
+            err.print(label + escape(_message(error)), soft_wrap=True, highlight=False)
+            raise typer.Exit(2 if isinstance(error, UserError) else 1) from error
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"The disk is full ({error}). Free some space, then go on; `train` does with --resume."
+    return str(error) or "Interrupted."
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _shipped(kind: str) -> str:
+    """The names of the YAML files in ``configs/<kind>``."""
+    entries = importlib.resources.files(f"opd_agents.configs.{kind}").iterdir()
+    return ", ".join(
+        sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml"))
+    )
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+
+
+@app.callback()
+def plugins(
+    modules: Annotated[
+        list[str] | None,
+        typer.Option("--import", metavar="FILE.py|MODULE", help="Load your environments first; repeatable."),
+    ] = None,
+) -> None:
+    """On-policy distillation of multi-turn, tool-using language-model agents.
+
+    Example: `opd-agents --import my_desk.py evaluate me/MyDesk-v0 --policy expert`
+    """
+    if modules:
+        from opd_agents.envs import import_plugins
+
+        import_plugins(modules)
+
+
+@app.command()
+def quickstart(
+    compare: Annotated[bool, typer.Option("--compare", help="Add the other arms at equal FLOPs.")] = False,
+    output: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/quickstart"),
+    seed: Annotated[int, typer.Option(help="Seed of training and evaluation.")] = 0,
+) -> None:
+    """Distil a small agent on the CPU in minutes and write a report.
+
+    Example: `opd-agents quickstart --compare`
+    """
+    from opd_agents import quickstart as program
+
+    out.print(f"Report: {program.run(output, seed, compare)}", soft_wrap=True)
+
+
+@app.command()
+def train(
+    config: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONFIG", help=f"A YAML file, or a shipped experiment: {_shipped('experiments')}."
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that replace the file's.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    seeds: Annotated[str | None, typer.Option(help="Several runs, a folder each: 0-4 or 0,3,7.")] = None,
+) -> None:
+    """Run a distillation experiment.
+
+    Example: `opd-agents train orderdesk_opd trainer.steps=5 output=runs/try`
+    """
+    from opd_agents.config import load_config
+    from opd_agents.report import write_report
+
+    loaded = load_config(config, *overrides or ())
+    chosen = _seeds(seeds) if seeds is not None else None
+    from opd_agents import trainer  # late: a mistake in the config is told before torch is loaded
+
+    runs = (
+        trainer.train_seeds(loaded, chosen, resume=resume)
+        if chosen
+        else [trainer.train(loaded, resume=resume)]
+    )
+    for run in runs:
+        out.print(f"Run: {run}", soft_wrap=True)
+    out.print(f"Report: {write_report(runs, loaded.folder / 'report.html')}", soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    suite: Annotated[
+        str,
+        typer.Argument(
+            metavar="SUITE|FILE.yaml|ENV_ID",
+            help=f"An environment, a file, or a suite: {_shipped('suites')}.",
+        ),
+    ],
+    policy: Annotated[
+        list[str], typer.Option(help="A checkpoint or run folder, expert or random; repeatable.")
+    ],
+    limit: Annotated[int | None, typer.Option(min=1, help="Only N tasks, one sample each.")] = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="Write trajectories and results here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Evaluate policies on the held-out tasks of a suite.
+
+    Example: `opd-agents evaluate orderdesk --policy expert --policy runs/quickstart --limit 20`
+    """
+    from opd_agents import evaluation
+
+    # Libraries may print while policies load and play: with --json standard output holds the document alone.
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        result = evaluation.evaluate(suite, policies=policy, limit=limit, out=folder)
+    _print(result, evaluation.table(result), as_json)
+
+
+@app.command()
+def rollout(
+    env_id: Annotated[
+        str, typer.Argument(metavar="ENV_ID", help="An environment; `opd-agents envs` lists them.")
+    ],
+    policy: Annotated[str, typer.Option(help="A checkpoint or run folder, expert or random.")],
+    episodes: Annotated[int, typer.Option(min=1, help="How many episodes.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the tasks and of sampling.")] = 0,
+    split: Annotated[str, typer.Option(help="Split that the tasks come from.")] = "train",
+    watch: Annotated[bool, typer.Option("--watch", help="Show each episode turn by turn.")] = False,
+    file: Annotated[Path | None, typer.Option("--out", help="Write the trajectories as JSON lines.")] = None,
+) -> None:
+    """Let a policy act in an environment.
+
+    Example: `opd-agents rollout opd_agents/OrderDesk-v0 --policy expert --watch`
+    """
+    from opd_agents.evaluation import play
+    from opd_agents.types import to_dict
+
+    show = _show_episode if watch else _show_outcome
+    played = play(env_id, policy, episodes=episodes, seed=seed, split=split, watch=show)
+    if file is not None:
+        lines = [json.dumps({"trajectory": to_dict(t), "credit": [], "repair": None}) for t in played]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+@app.command()
+def envs(
+    env_id: Annotated[str | None, typer.Argument(metavar="[ID]", help="Only this one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the environments.
+
+    Example: `opd-agents envs opd_agents/OrderDesk-v0 --json`
+    """
+    from opd_agents.envs import describe, list_envs
+
+    rows = [describe(name) for name in ([env_id] if env_id else list_envs())]
+    _print(
+        rows,
+        _details(rows[0]) if env_id else _listing(rows, "id", "family", "fork_mode", "splits", "extra"),
+        as_json,
+    )
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this preset's YAML.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the methods, presets of the one trainer.
+
+    Example: `opd-agents methods gkd`
+    """
+    from opd_agents.config import list_methods, method_text
+
+    text = method_text(name) if name else ""
+    if name and not as_json:
+        out.print(text, markup=False, highlight=False, soft_wrap=True, end="")
+        return
+    rows = [row for row in list_methods() if name in (None, row["name"])]
+    _print(rows, _listing(rows, "name", "family", "title", "paper"), as_json)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders; several are compared.")],
+    file: Annotated[
+        Path | None, typer.Option("--out", help="The HTML file; default: report.html in the run.")
+    ] = None,
+) -> None:
+    """Write the report of one or more runs: one static HTML file.
+
+    Example: `opd-agents report runs/a runs/b --out comparison.html`
+    """
+    from opd_agents.report import write_report
+
+    out.print(f"Report: {write_report(runs, file)}", soft_wrap=True)
+
+
+def _seeds(text: str) -> list[int]:
+    """``0-4`` and ``0,3,7``, or both mixed."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        if match is None:
+            raise ConfigError(
+                f"Cannot read --seeds {text!r}: write a range such as 0-4, or a list such as 0,3,7."
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        seeds.extend(range(first, last + 1))
+    if not seeds:
+        raise ConfigError(f"--seeds {text!r} is an empty range: write the smaller number first, such as 0-4.")
+    return list(dict.fromkeys(seeds))
+
+
+def _print(data: Any, table: Table, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(data, indent=2, allow_nan=False))
+    else:
+        out.print(table)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return "" if value is None else str(value)
+
+
+def _listing(rows: Sequence[dict[str, Any]], *columns: str) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=number == 0)
+    for row in rows:
+        table.add_row(*(escape(_text(row[column])) for column in columns))
+    return table
+
+
+def _details(row: dict[str, Any]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for key, value in row.items():
+        table.add_row(key, escape(_text(value)))
+    return table
+
+
+def _show_outcome(trajectory: Trajectory) -> None:
+    facts = f"reward {trajectory.reward:g}, {len(trajectory.turns)} turns"
+    out.print(f"[bold]task {trajectory.task.id}: {trajectory.outcome}[/], {facts}", highlight=False)
+    if trajectory.error:
+        out.print(escape(trajectory.error), style="red", soft_wrap=True)
+
+
+def _show_episode(trajectory: Trajectory) -> None:
+    show = functools.partial(out.print, markup=False, highlight=False, soft_wrap=True)
+    for message in trajectory.messages:
+        show(f"{message.role}: {message.content}", style="dim" if message.role == "system" else "bold")
+    for number, turn in enumerate(trajectory.turns, 1):
+        show(f"{number} {turn.actor}: {turn.text or turn.action}", style="cyan")
+        for problem in filter(None, (turn.parse_error, turn.tool_error)):
+            show(f"  refused: {problem}", style="yellow")
+        show(f"  {turn.observation}")
+    _show_outcome(trajectory)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

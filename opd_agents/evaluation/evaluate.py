@@ -1,0 +1,119 @@
+"""Run policies on a suite."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opd_agents import envs
+from opd_agents.chat import Chat
+from opd_agents.errors import UnknownName
+from opd_agents.evaluation.metrics import summarise
+from opd_agents.evaluation.suites import Suite, load_suite
+from opd_agents.policies.base import ExpertPolicy, Policy, RandomPolicy
+from opd_agents.rollout import Episode, Limits, rollout
+from opd_agents.runs import latest_checkpoint, write_whole
+from opd_agents.types import Actor, Task, Trajectory, to_json
+
+SCRIPTED: dict[str, Callable[[], Policy]] = {"expert": ExpertPolicy, "random": RandomPolicy}
+
+
+@dataclass(frozen=True, slots=True)
+class Contestant:
+    """A policy under evaluation; ``chat`` is None for one that does not sample tokens."""
+
+    name: str
+    sampled: Policy
+    greedy: Policy
+    chat: Chat | None
+
+
+def load_contestant(name: str, temperature: float) -> Contestant:
+    """``expert``, ``random``, a checkpoint directory, or a run folder (its newest checkpoint)."""
+    if name in SCRIPTED:
+        policy = SCRIPTED[name]()
+        return Contestant(name, policy, policy, None)
+    if not Path(name).exists():
+        raise UnknownName("policy", name, SCRIPTED, "opd-agents evaluate --help")
+    from opd_agents.policies.models import check_vocabulary, load_chat, load_model, load_tokenizer
+
+    path = str(latest_checkpoint(Path(name)))
+    tokenizer = load_tokenizer(path)
+    model = load_model(path, "float32")
+    check_vocabulary(model, tokenizer, path)
+    return model_contestant(name, model, load_chat(path, tokenizer), temperature, Actor.STUDENT)
+
+
+def model_contestant(name: str, model: Any, chat: Chat, temperature: float, actor: Actor) -> Contestant:
+    from opd_agents.policies.sampler import TransformersSampler
+
+    sampled = TransformersSampler(model, chat.end_ids, actor=actor, temperature=temperature)
+    greedy = TransformersSampler(model, chat.end_ids, actor=actor, temperature=0.0)
+    return Contestant(name, sampled, greedy, chat)
+
+
+def run_suite(
+    contestant: Contestant,
+    suite: Suite,
+    *,
+    split: str,
+    limit: int | None = None,
+    seed: int = 0,
+    on_finished: Callable[[Trajectory], None] = lambda trajectory: None,
+) -> tuple[list[Trajectory], list[Trajectory]]:
+    """One sampled and one greedy episode per task."""
+    episodes = suite.episodes(split, limit, seed)
+    results = []
+    for policy, temperature in ((contestant.sampled, suite.temperature), (contestant.greedy, 0.0)):
+        results.append(
+            rollout(
+                episodes, policy, make=envs.make, chat=contestant.chat, limits=suite.rollout_limits(),
+                temperature=temperature, on_finished=on_finished,
+            )  # fmt: skip
+        )
+    return results[0], results[1]
+
+
+def evaluate(
+    suite: str, policies: Sequence[str], *, limit: int | None = None, out: str | Path | None = None, split: str = "test", seed: int = 0
+) -> dict[str, Any]:
+    """Evaluate ``policies`` on the test tasks of a suite; the command line's ``evaluate``.
+
+    With ``out`` the figures and all trajectories are written there. Raises UserError for unknown names
+    before anything runs.
+    """
+    loaded = load_suite(suite)
+    contestants = [load_contestant(name, loaded.temperature) for name in policies]
+    rows = []
+    for contestant in contestants:
+        sampled, greedy = run_suite(contestant, loaded, split=split, limit=limit, seed=seed)
+        rows.append({"policy": contestant.name} | summarise(sampled, greedy))
+        if out is not None:
+            folder = Path(out)
+            folder.mkdir(parents=True, exist_ok=True)
+            stem = contestant.name.strip("/").replace("/", "-")
+            lines = (to_json({"trajectory": t, "credit": [], "repair": None}) for t in sampled)
+            write_whole(folder / f"eval-{stem}.jsonl", "\n".join(lines) + "\n")
+    result = {"suite": loaded.name, "split": split, "policies": rows}
+    if out is not None:
+        write_whole(Path(out) / "evaluation.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def play(
+    env_id: str, policy: str, *, episodes: int = 1, seed: int = 0, split: str = "train", watch: Callable[[Trajectory], None] | None = None
+) -> list[Trajectory]:
+    """Roll out ``policy`` in one environment, tasks 0, 1, ... of ``split``; ``watch`` sees each as it ends."""
+    contestant = load_contestant(policy, temperature=1.0)
+    requests = [
+        Episode(uid=str(i), env_id=env_id, seed=seed + i, task=Task(str(i), split), stream=(seed, 2**61, i))
+        for i in range(episodes)
+    ]
+    envs.make(env_id).close()  # an unknown environment is the user's mistake, not a failed episode
+    return rollout(
+        requests, contestant.sampled, make=envs.make, chat=contestant.chat, limits=Limits(), temperature=1.0,
+        on_finished=watch or (lambda trajectory: None),
+    )  # fmt: skip

@@ -1,0 +1,113 @@
+"""The policy contract, and the policies that need no model: expert, random, mixtures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from opd_agents.envs import AgentEnv
+from opd_agents.types import Actor, Message, StopReason
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What a policy sees before one action of one live episode.
+
+    ``ids`` are all tokens so far, the generation prompt included (empty without a chat); ``stream`` is
+    (seed, step, episode): with the token position it keys every random draw, so that sampling does not
+    depend on batching or on a resume. ``env`` is the live environment, for the scripted expert.
+    """
+
+    uid: str
+    stream: tuple[int, int, int]
+    ids: tuple[int, ...]
+    messages: tuple[Message, ...]
+    max_tokens: int
+    env: AgentEnv
+
+    def random(self) -> np.random.Generator:
+        """Counter-based uniforms of this episode from this token position on (Philox)."""
+        seed, step, episode = self.stream
+        return np.random.Generator(
+            np.random.Philox(key=[seed, step], counter=[0, len(self.ids), len(self.messages), episode])
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One action. A sampler gives ``ids`` and their log-probs; a text policy gives ``text`` (for the
+    environment: JSON calls or words) and leaves ``ids`` empty for the chat to encode."""
+
+    actor: Actor
+    stop_reason: StopReason
+    ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] | None = None
+    text: str | None = None
+    policy_version: int = 0
+
+
+class Policy(Protocol):
+    def act(self, histories: Sequence[History]) -> list[Action]: ...
+
+
+class ExpertPolicy:
+    """The environment's own scripted expert, which reads the true state."""
+
+    def act(self, histories: Sequence[History]) -> list[Action]:
+        return [
+            Action(Actor.EXPERT, StopReason.NOT_SAMPLED, text=history.env.expert_action()) for history in histories
+        ]
+
+
+class RandomPolicy:
+    """A uniformly drawn tool with arguments drawn from its JSON schema: the floor of every table."""
+
+    def act(self, histories: Sequence[History]) -> list[Action]:
+        return [Action(Actor.RANDOM, StopReason.NOT_SAMPLED, text=self._call(history)) for history in histories]
+
+    def _call(self, history: History) -> str:
+        random = history.random()
+        tool = history.env.tools[int(random.integers(len(history.env.tools)))]
+        properties: Mapping[str, Mapping[str, object]] = tool.parameters.get("properties", {})
+        arguments = {name: _draw(schema, random) for name, schema in properties.items()}
+        return json.dumps({"name": tool.name, "arguments": arguments}, separators=(",", ":"))
+
+
+def _draw(schema: Mapping[str, object], random: np.random.Generator) -> object:
+    choices = schema.get("enum")
+    if isinstance(choices, list):
+        return choices[int(random.integers(len(choices)))]
+    match schema.get("type"):
+        case "integer" | "number":
+            return int(random.integers(10))
+        case "boolean":
+            return bool(random.integers(2))
+        case "array":
+            return []
+        case "object":
+            return {}
+    return "0123456789abcdefghijklmnopqrstuvwxyz"[int(random.integers(36))]
+
+
+class MixturePolicy:
+    """Each turn is taken by one of several policies, drawn with the given probabilities."""
+
+    def __init__(self, parts: Mapping[str, tuple[Policy, float]]) -> None:
+        self._policies = [policy for policy, _ in parts.values()]
+        shares = np.array([share for _, share in parts.values()], dtype=np.float64)
+        self._edges = np.cumsum(shares / shares.sum())
+
+    def act(self, histories: Sequence[History]) -> list[Action]:
+        # far from the streams of the policies' own draws, which number the messages where the jump is added
+        draws = [np.random.Generator(h.random().bit_generator.jumped(2**32)).random() for h in histories]
+        chosen = np.searchsorted(self._edges, draws, "right").tolist()
+        actions: list[Action | None] = [None] * len(histories)
+        for index, policy in enumerate(self._policies):
+            mine = [i for i, choice in enumerate(chosen) if choice == index]
+            for i, action in zip(mine, policy.act([histories[i] for i in mine]) if mine else [], strict=True):
+                actions[i] = action
+        return [action for action in actions if action is not None]

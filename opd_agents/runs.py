@@ -1,0 +1,166 @@
+"""A run on disk: metrics, trajectories and checkpoints, written so that a kill loses nothing finished."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from opd_agents.errors import CheckpointError, RunFolderError
+from opd_agents.types import to_json
+
+PARTIAL = ".partial-"  # names of what is being written or removed; a kill may leave them behind
+
+
+class RunFolder:
+    """``runs/NAME/``. Opening it fresh refuses a folder that holds a run; resuming refuses another config.
+
+    Resuming a folder that is empty or does not exist starts the run. Raises RunFolderError.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any], *, resume: bool) -> None:
+        self.path = path
+        text = yaml.safe_dump(dict(config), sort_keys=False)  # the order of stages counts
+        stored = path / "config.yaml"
+        if stored.is_file() and not resume:
+            raise RunFolderError(
+                f"{path} holds a run already. Add --resume to go on with it, give another `output=`, or remove the folder."
+            )
+        if resume and stored.is_file() and (changed := _differences(yaml.safe_load(stored.read_text()), dict(config))):
+            raise RunFolderError(
+                f"{path} was started with another config ({', '.join(changed)}); resume it with the config in {stored}, "
+                "or start a new run with another `output=`."
+            )
+        if path.exists() and not path.is_dir():
+            raise RunFolderError(f"{path} is a file; give another `output=`.")
+        path.mkdir(parents=True, exist_ok=True)
+        if not stored.is_file() and any(not file.name.startswith(PARTIAL) for file in path.iterdir()):
+            raise RunFolderError(f"{path} is not empty and holds no run of opd-agents; give another `output=`.")
+        write_whole(stored, text)  # first: what a kill leaves behind is then known as a run
+        (path / "trajectories").mkdir(exist_ok=True)
+        (path / "checkpoints").mkdir(exist_ok=True)
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return checkpoints_in(self.path)
+
+    def save_checkpoint(self, step: int, write: Callable[[Path], None], keep_last: int) -> Path:
+        """A checkpoint is written beside its place and renamed: it is there whole, or not at all.
+
+        A step's checkpoint that exists already is kept. Raises OSError if it cannot be written, for example
+        on a full disk; the older ones are then still there.
+        """
+        final = self.path / "checkpoints" / f"step-{step}"
+        partial = final.with_name(f"{PARTIAL}step-{step}")
+        if final.exists():
+            return final
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            write(partial)
+            for file in (*partial.rglob("*"), partial):
+                _sync(file)
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if wrapped := _os_error(error):
+                raise wrapped from error
+            raise
+        os.replace(partial, final)
+        _sync(final.parent)
+        for old in self.checkpoints()[:-keep_last]:
+            os.replace(old, partial)
+            shutil.rmtree(partial)
+        return final
+
+    def truncate(self, step: int) -> None:
+        """Forget metrics and trajectories past ``step``: they are computed again, to the same values."""
+        for partial in (self.path / "checkpoints").glob(f"{PARTIAL}*"):
+            shutil.rmtree(partial)
+        metrics = self.path / "metrics.jsonl"
+        if metrics.is_file():
+            kept = [line for line in metrics.read_text().splitlines() if _step_of(line) <= step]
+            write_whole(metrics, "".join(line + "\n" for line in kept))
+        for file in (self.path / "trajectories").glob("step-*.jsonl"):
+            if int(file.stem.removeprefix("step-")) > step:
+                file.unlink()
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """One flat line of metrics; NaN and infinity become null."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(clean) + "\n")
+
+
+def save_trajectories(folder: Path, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """``trajectories/NAME.jsonl`` of a run folder, one line each."""
+    write_whole(folder / "trajectories" / f"{name}.jsonl", "".join(to_json(row) + "\n" for row in rows))
+
+
+def checkpoints_in(path: Path) -> list[Path]:
+    return sorted((path / "checkpoints").glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def latest_checkpoint(path: Path) -> Path:
+    """The newest checkpoint of a run folder (of its last stage that has one), or ``path`` itself if it is a
+    checkpoint. Raises CheckpointError."""
+    if (path / "config.json").is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder. Give a checkpoint, or a run folder that holds one.")
+    found = checkpoints_in(path)
+    if not found and (path / "config.yaml").is_file():
+        stages = yaml.safe_load((path / "config.yaml").read_text()).get("stages") or {}
+        found = [checkpoint for stage in stages for checkpoint in checkpoints_in(path / stage)[-1:]]
+    if not found:
+        raise CheckpointError(f"{path} holds neither a model (config.json) nor checkpoints of a run.")
+    return found[-1]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it."""
+    partial = path.with_name(f"{PARTIAL}{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _os_error(error: BaseException) -> OSError | None:
+    """The OSError that ``error`` wraps: torch and safetensors report a full disk by errors of their own."""
+    if isinstance(error.__context__, OSError):
+        return error.__context__
+    if number := re.search(r"\(os error (\d+)\)", str(error)):
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    return None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return math.inf  # a line cut off by a kill
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ; where the run is written to does not matter."""
+    result = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            result += _differences(a, b, f"{prefix}{key}.")
+        elif a != b and key != "output":
+            result.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return result

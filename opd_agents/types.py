@@ -1,0 +1,225 @@
+"""The nouns: frozen dataclasses, token ids as tuples, no tensors.
+
+A trajectory is replayable data: environment id, kwargs, seed and task rebuild the episode, and every
+turn holds exactly what the policy sampled (ids and log-probs, never re-made from text).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Actor(StrEnum):
+    """Who chose an action."""
+
+    STUDENT = "student"
+    TEACHER = "teacher"
+    EXPERT = "expert"
+    RANDOM = "random"
+
+
+class SpanKind(StrEnum):
+    """What a run of action tokens is; a loss may select by it."""
+
+    THINK = "think"
+    CALL = "call"
+    TEXT = "text"
+    SPECIAL = "special"
+
+
+class StopReason(StrEnum):
+    """Why the policy stopped writing one action."""
+
+    END = "end"  # it sampled an end-of-turn token
+    LENGTH = "length"  # rollout.max_tokens_per_turn reached
+    CONTEXT = "context"  # rollout.max_context_tokens reached
+    NOT_SAMPLED = "not_sampled"  # the action was not sampled token by token (expert, API)
+
+
+class Outcome(StrEnum):
+    """How an episode ended, as data."""
+
+    SUCCESS = "success"
+    FAILURE = "failure"
+    UNFINISHED = "unfinished"  # turn, token or context budget used up before the environment ended it
+    ERROR = "error"  # the environment or the policy raised; see Trajectory.error
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Action tokens ``[start, stop)`` of one turn."""
+
+    kind: SpanKind
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolSpec:
+    """What a model is told about a tool: ``parameters`` is a JSON schema object."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One role-tagged message: ``role`` is system, user, assistant or tool."""
+
+    role: str
+    content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One task of an environment; ``id`` is unique within (environment, split)."""
+
+    id: str
+    split: str
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """Where a repair left its parent episode: before turn ``turn`` (0-based)."""
+
+    parent: str
+    turn: int
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One action and what followed.
+
+    ``context_ids`` are the ids appended to the history before the action (for the first turn of a
+    segment: the whole prompt); ``action_ids`` are the ids as sampled. ``logprobs`` are the behaviour
+    policy's natural-log probabilities of exactly those ids at the sampling temperature, or None for an
+    actor that does not sample. ``action`` is the text that the environment received (JSON calls, or
+    text); ``text`` what the policy wrote.
+    """
+
+    context_ids: tuple[int, ...]
+    action_ids: tuple[int, ...]
+    logprobs: tuple[float, ...] | None
+    actor: Actor
+    policy_version: int
+    text: str
+    action: str
+    observation: str
+    reward: float
+    terminated: bool
+    truncated: bool
+    stop_reason: StopReason
+    state_digest: str  # of the environment, before the action
+    calls: tuple[ToolCall, ...] = ()
+    parse_error: str | None = None  # the policy's text was no valid action
+    tool_error: str | None = None  # the environment refused the call or the tool failed
+    spans: tuple[Span, ...] = ()
+    starts_segment: bool = False
+    weight: float = 1.0  # 0 for turns inherited by a branch
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """One episode. ``uid`` is unique within a run; ``group`` names the GRPO group."""
+
+    uid: str
+    env_id: str
+    env_kwargs: Mapping[str, Any]
+    seed: int
+    task: Task
+    turns: tuple[Turn, ...]
+    outcome: Outcome
+    reward: float  # sum of the turns' rewards
+    group: str = ""
+    temperature: float = 1.0
+    messages: tuple[Message, ...] = ()  # of the reset: system prompt and the task
+    branch: Branch | None = None
+    error: str | None = None
+    final_digest: str = ""
+
+    @property
+    def success(self) -> bool:
+        return self.outcome is Outcome.SUCCESS
+
+    @property
+    def n_action_tokens(self) -> int:
+        """Tokens generated for this episode, inherited turns not counted."""
+        return sum(len(turn.action_ids) for turn in self.turns if turn.weight)
+
+    def segments(self) -> Iterator[tuple[int, int]]:
+        """Turn ranges ``[start, stop)`` that share one growing token history."""
+        starts = [i for i, turn in enumerate(self.turns) if i == 0 or turn.starts_segment]
+        yield from zip(starts, [*starts[1:], len(self.turns)], strict=False)  # no turns: no segments
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """Why one action is reinforced: all parts of its learning signal, logged as is.
+
+    ``kl_sum`` and ``kl_mean`` are KL(student || teacher) in nats over the action's tokens at the
+    policy that sampled it; ``advantage`` maps a reward's name to its group-relative advantage;
+    ``correction`` is the verdict on a repair proposed at this action; ``weight`` is the final weight of
+    the action's tokens in every component.
+    """
+
+    kl_sum: float | None = None
+    kl_mean: float | None = None
+    teacher_logprob: float | None = None  # nats, summed over the action's tokens
+    advantage: Mapping[str, float] = field(default_factory=dict)
+    correction: str | None = None
+    weight: float = 1.0
+
+
+def to_json(value: Any) -> str:
+    """A noun, or plain data holding nouns, as compact JSON on one line; enums become strings."""
+    return json.dumps(value, default=_fields, separators=(",", ":"))
+
+
+def to_dict(value: Any) -> Any:
+    """A noun as plain JSON-able data; every field is kept."""
+    return json.loads(to_json(value))
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+
+
+def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
+    """The inverse of :func:`to_dict` for a noun of this module."""
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: _convert(hints[name], value) for name, value in data.items()})
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    origin = typing.get_origin(hint)
+    if value is None:
+        return None
+    if origin in (typing.Union, types.UnionType):
+        return _convert(next(a for a in typing.get_args(hint) if a is not type(None)), value)
+    if origin is tuple:
+        return tuple(_convert(typing.get_args(hint)[0], item) for item in value)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return from_dict(hint, value)
+    if isinstance(hint, type) and issubclass(hint, StrEnum):
+        return hint(value)
+    return value

@@ -1,0 +1,5 @@
+"""Teachers: trajectory in, signal out; a teacher never changes the trajectory."""
+
+from opd_agents.teachers.base import HiddenStates
+
+__all__ = ["HiddenStates"]

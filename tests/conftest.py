@@ -1,0 +1,67 @@
+"""Settings shared by all tests, and the ``real`` marker."""
+
+import importlib.util
+import os
+import shutil
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: tiny models, many processes
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a hub
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """``@pytest.mark.real("chromium")``: without this executable or module skip, or fail if required."""
+    names = [name for marker in item.iter_markers("real") for name in marker.args]
+    missing = [name for name in names if not (shutil.which(name) or importlib.util.find_spec(name))]
+    if missing and os.environ.get("OPD_REQUIRE_REAL") == "1":
+        pytest.fail(f"OPD_REQUIRE_REAL=1, but missing: {', '.join(missing)}", pytrace=False)
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}")
+
+
+@pytest.fixture(scope="session")
+def desk_chat():
+    """A chat over the OrderDesk's vocabulary, its prompts without system text and tools."""
+    from tiny import desk_episodes, rolled
+
+    from opd_agents.chat import Chat, build_word_tokenizer
+    from opd_agents.policies import ExpertPolicy
+
+    experts = rolled(desk_episodes(24), ExpertPolicy())
+    texts = [m.content for t in experts for m in t.messages if m.role == "user"]
+    texts += [text for t in experts for turn in t.turns for text in (turn.action, turn.observation)]
+    return Chat(build_word_tokenizer(texts), system="", kwargs={"include_tools": False})
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(desk_chat):
+    """Builds random Llama models over that vocabulary; their logits are spread, so that temperature matters."""
+    from opd_agents.policies.models import build_model
+
+    small = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "max_position_embeddings": 512, "tie_word_embeddings": True,
+        "initializer_range": 0.3,
+    }  # fmt: skip
+    return lambda seed=0, **fields: build_model("llama", small | fields, desk_chat.tokenizer, seed)
+
+
+@pytest.fixture(scope="session")
+def student(tiny_llama):
+    """Shared: do not change its weights."""
+    return tiny_llama(seed=1)
+
+
+@pytest.fixture(scope="session")
+def teacher(tiny_llama):
+    return tiny_llama(seed=2, hidden_size=24, tie_word_embeddings=False)
+
+
+@pytest.fixture(scope="session")
+def sampled(student, desk_chat):
+    """Twelve OrderDesk episodes of the student in groups of four, at temperature 1.3."""
+    from tiny import desk_episodes, rolled, sampler
+
+    policy = sampler(student, desk_chat, temperature=1.3)
+    return rolled(desk_episodes(12, group_size=4, max_turns=4), policy, desk_chat, temperature=1.3)

@@ -1,0 +1,64 @@
+"""Small environments that tests share."""
+
+from typing import Any, ClassVar
+
+from opd_agents.envs import AgentEnv
+from opd_agents.tools import ToolError
+from opd_agents.types import Task
+
+
+class Counter(AgentEnv):
+    """Reach the task's target by adding; ``roll`` adds noise, ``stop`` ends the episode."""
+
+    system_prompt = "Reach the target."
+    split_sizes: ClassVar = {"train": 40, "test": 20}
+    max_turns = 6
+
+    def __init__(self, offset: int = 3) -> None:
+        super().__init__([self.add, self.roll, self.stop])
+        self.offset = offset
+        self.value = self.target = 0
+
+    def begin(self, task: Task) -> str:
+        self.value = 0
+        self.target = int(task.id) + self.offset + (1000 if task.split == "test" else 0)
+        return f"Reach {self.target}."
+
+    def add(self, number: int) -> dict[str, int]:
+        """Add a number to the counter."""
+        if number < 0:
+            raise ToolError("number must not be negative")
+        self.value += number
+        return {"value": self.value}
+
+    def roll(self) -> dict[str, int]:
+        """Add a random number."""
+        return self.add(int(self.np_random.integers(1_000_000)))
+
+    def stop(self) -> str:
+        """End the episode."""
+        self.finish()
+        return "stopped"
+
+    def success(self) -> float | bool:
+        return self.value == self.target
+
+    def get_state(self) -> Any:
+        return {"value": self.value, "target": self.target}
+
+    def set_state(self, state: Any) -> None:
+        self.value, self.target = state["value"], state["target"]
+
+
+class ReplayedCounter(Counter):
+    """The same without copies of its state: forks replay."""
+
+    fork_mode: ClassVar = "replay"
+
+    def get_state(self) -> Any:
+        raise AssertionError("a replayed environment's state is never read")
+
+    set_state = get_state
+
+    def digest_text(self) -> str:
+        return f"{self.value}/{self.target}"
