@@ -86,7 +86,13 @@ def pack(trajectories: Sequence[Trajectory]) -> Packed:
     action without any context.
     """
     rows: list[Tensor] = []
-    row, position, target, behaviour, turn_of, episode, turns = [], [], [], [], [], [], []
+    row: list[int] = []
+    position: list[int] = []
+    target: list[int] = []
+    behaviour: list[float] = []
+    turn_of: list[int] = []
+    episode: list[int] = []
+    turns: list[tuple[int, int]] = []
     for number, trajectory in enumerate(trajectories):
         for start, stop in trajectory.segments():
             ids: list[int] = []

@@ -7,6 +7,7 @@ working folder.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.resources
 from collections.abc import Mapping, Sequence
@@ -43,7 +44,7 @@ class Build(Section):
 
     model_type: str = "llama"
     config: dict[str, Any]
-    tokenizer: str | None = None  # a checkpoint whose tokenizer is shared; else one is built from expert episodes
+    tokenizer: str | None = None  # checkpoint whose tokenizer is shared; else one is made of expert episodes
 
 
 class Student(Section):
@@ -132,7 +133,7 @@ class Loss(Section):
     def _one_divergence(self) -> Loss:
         distills = [c for c in self.components.values() if c.kind == "distill"]
         if len({(c.divergence, c.beta if c.divergence == "jsd" else None) for c in distills}) > 1:
-            raise ValueError("the `distill` components must share one `divergence` and `beta`: a pass computes one")
+            raise ValueError("`distill` components must share `divergence` and `beta`: a pass computes one")
         return self
 
 
@@ -202,15 +203,18 @@ class RunConfig(Section):
         if (self.student.model is None) == (self.student.build is None):
             raise ValueError("student: give either `model` (a checkpoint) or `build` (a fresh model)")
         if not self.loss.components:
-            raise ValueError("loss.components is empty: name a `method` or give components (`opd-agents methods`)")
+            raise ValueError("loss.components is empty: give some, or a `method` (`opd-agents methods`)")
         if all(component.coef == 0 for component in self.loss.components.values()):
             raise ValueError("every loss coefficient is zero: nothing would be learned")
+        splits = [source.split for source in self.environments]
+        if "test" in splits or (self.evaluation and self.evaluation.split == "test"):
+            raise ValueError("split: `test` is for `opd-agents evaluate` alone; neither train nor tune on it")
         kinds = {component.kind for component in self.loss.components.values()}
         sources = {self.rollout.source} if isinstance(self.rollout.source, str) else set(self.rollout.source)
         if self.teacher is None and ("distill" in kinds or self.correction or "teacher" in sources):
             raise ValueError("this loss, source or correction needs a `teacher: {model: PATH}`")
         if "policy" in kinds and self.rollout.group_size < 2:
-            raise ValueError("a `policy` component compares the episodes of a group: rollout.group_size must be >= 2")
+            raise ValueError("a `policy` component compares episodes: rollout.group_size must be >= 2")
         if "policy" in kinds and sources != {"student"}:
             raise ValueError("a `policy` component needs rollout.source: student")
         return self
@@ -263,11 +267,13 @@ def find_experiment(source: str | Path) -> Path:
     path = Path(source)
     if path.is_file():
         return path
-    shipped = {Path(str(entry)).stem: Path(str(entry)) for entry in EXPERIMENTS.iterdir() if entry.name.endswith(".yaml")}
+    files = [Path(str(entry)) for entry in EXPERIMENTS.iterdir()]
+    shipped = {file.stem: file for file in files if file.suffix == ".yaml"}
     if str(source) in shipped:
         return shipped[str(source)]
     if path.suffix in (".yaml", ".yml"):
-        raise ConfigError(f"No config file {source}. Give a path to a YAML file, or one of: {', '.join(sorted(shipped))}.")
+        names = ", ".join(sorted(shipped))
+        raise ConfigError(f"No config file {source}. Give the path of a YAML file, or one of: {names}.")
     raise UnknownName("experiment", str(source), shipped, "opd-agents train --help")
 
 
@@ -311,16 +317,14 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     for item in overrides:
         dotted, sign, text = item.partition("=")
         if not sign or not dotted:
-            raise ConfigError(f"Cannot read {item!r}: overrides are written key=value, such as trainer.steps=5.")
+            raise ConfigError(f"Cannot read {item!r}: write overrides as key=value, such as trainer.steps=5.")
         try:
             value: Any = yaml.safe_load(text) if text else None
         except yaml.YAMLError:
             raise ConfigError(f"Cannot read {item!r}: the value of `{dotted}` is no valid YAML.") from None
         if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
-            try:
+            with contextlib.suppress(ValueError):
                 value = float(value)
-            except ValueError:
-                pass
         for key in reversed(dotted.split(".")):
             value = {key: value}
         result = merge(result, value)
@@ -375,12 +379,12 @@ def method_text(name: str) -> str:
 
 def list_methods() -> list[dict[str, Any]]:
     """The shipped presets: name, title, paper, family, signal, verified."""
-    rows = []
+    keys, rows = ("title", "paper", "family", "signal", "verified"), []
     for name in _method_names():
         raw = yaml.safe_load(method_text(name))
-        rows.append({"name": name} | {key: raw[key] for key in ("title", "paper", "family", "signal", "verified")})
+        rows.append({"name": name} | {key: raw[key] for key in keys})
     return rows
 
 
 def _method_names() -> list[str]:
-    return sorted(entry.name.removesuffix(".yaml") for entry in METHODS.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(Path(entry.name).stem for entry in METHODS.iterdir() if entry.name.endswith(".yaml"))

@@ -43,22 +43,23 @@ def frozen_terms(
 ) -> FrozenTerms:
     """Score every action token once at the current weights, at the sampling temperature."""
     size = len(packed.target)
-    logprob = torch.empty(size)
-    kl, teacher_logprob = (torch.empty(size), torch.empty(size)) if signal else (None, None)
+    logprob, kl, teacher_logprob = torch.empty(size), torch.empty(size), torch.empty(size)
     for micro in packed.micro_batches(max_tokens):
-        hidden = hidden_states(student, micro.ids)[micro.row, micro.column]
+        mine = hidden_states(student, micro.ids)[micro.row, micro.column]
         target = packed.target[micro.tokens]
-        theirs = signal.hidden[micro.tokens] if signal else None
-        terms = token_terms(
-            hidden, head(student), theirs, signal.head if signal else None, target,
-            kind="reverse_kl" if signal else None, temperature=temperature,
-        )  # fmt: skip
-        logprob[micro.tokens] = terms.logprob.float()
-        if signal and kl is not None and teacher_logprob is not None:
-            kl[micro.tokens] = terms.divergence.float()
+        if signal is None:
+            terms = token_terms(mine, head(student), None, None, target, kind=None, temperature=temperature)
+        else:
+            theirs = signal.hidden[micro.tokens]
+            terms = token_terms(
+                mine, head(student), theirs, signal.head, target, kind="reverse_kl", temperature=temperature
+            )
             own = token_terms(theirs, signal.head, None, None, target, kind=None, temperature=temperature)
+            assert terms.divergence is not None  # a kind was asked for
+            kl[micro.tokens] = terms.divergence.float()
             teacher_logprob[micro.tokens] = own.logprob.float()
-    return FrozenTerms(logprob, kl, teacher_logprob)
+        logprob[micro.tokens] = terms.logprob.float()
+    return FrozenTerms(logprob) if signal is None else FrozenTerms(logprob, kl, teacher_logprob)
 
 
 def check_behaviour(packed: Packed, trajectories: Sequence[Trajectory], frozen: FrozenTerms, version: int, tolerance: float) -> float:

@@ -15,7 +15,7 @@ from opd_agents.config import RunConfig
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, after the running step was finished and its checkpoint written; the message says how to go on."""
+    """Ctrl-C, after the step was finished and its checkpoint written; the message says how to go on."""
 
 
 class StopSignal:
@@ -40,7 +40,8 @@ class StopSignal:
         if self.requested:
             raise KeyboardInterrupt("Stopped at once; the newest checkpoint is that of an earlier step.")
         self.requested = True
-        Console(stderr=True).print("Finishing this step and writing a checkpoint (Ctrl-C again stops at once).")
+        message = "Finishing this step and writing a checkpoint (Ctrl-C again stops at once)."
+        Console(stderr=True).print(message)
 
 
 class Bar:

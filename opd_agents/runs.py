@@ -31,18 +31,20 @@ class RunFolder:
         stored = path / "config.yaml"
         if stored.is_file() and not resume:
             raise RunFolderError(
-                f"{path} holds a run already. Add --resume to go on with it, give another `output=`, or remove the folder."
+                f"{path} holds a run already. Add --resume to go on with it, give another `output=`, or "
+                "remove the folder."
             )
-        if resume and stored.is_file() and (changed := _differences(yaml.safe_load(stored.read_text()), dict(config))):
+        old = yaml.safe_load(stored.read_text()) if stored.is_file() else config
+        if changed := _differences(old, config):
             raise RunFolderError(
-                f"{path} was started with another config ({', '.join(changed)}); resume it with the config in {stored}, "
-                "or start a new run with another `output=`."
+                f"{path} was started with another config ({', '.join(changed)}); resume it with the config "
+                f"in {stored}, or start a new run with another `output=`."
             )
         if path.exists() and not path.is_dir():
             raise RunFolderError(f"{path} is a file; give another `output=`.")
         path.mkdir(parents=True, exist_ok=True)
         if not stored.is_file() and any(not file.name.startswith(PARTIAL) for file in path.iterdir()):
-            raise RunFolderError(f"{path} is not empty and holds no run of opd-agents; give another `output=`.")
+            raise RunFolderError(f"{path} is not empty and holds no run; give another `output=`.")
         write_whole(stored, text)  # first: what a kill leaves behind is then known as a run
         (path / "trajectories").mkdir(exist_ok=True)
         (path / "checkpoints").mkdir(exist_ok=True)
@@ -59,21 +61,10 @@ class RunFolder:
         """
         final = self.path / "checkpoints" / f"step-{step}"
         partial = final.with_name(f"{PARTIAL}step-{step}")
-        if final.exists():
-            return final
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        try:
-            write(partial)
-            for file in (*partial.rglob("*"), partial):
-                _sync(file)
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if wrapped := _os_error(error):
-                raise wrapped from error
-            raise
-        os.replace(partial, final)
-        _sync(final.parent)
+        if not final.exists():
+            _write_folder(partial, write)
+            os.replace(partial, final)
+            _sync(final.parent)
         for old in self.checkpoints()[:-keep_last]:
             os.replace(old, partial)
             shutil.rmtree(partial)
@@ -128,6 +119,21 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(f"{PARTIAL}{path.name}")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """A new folder, on disk with all that ``write`` puts into it; nothing is left if that fails."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        write(folder)
+        for file in (*folder.rglob("*"), folder):
+            _sync(file)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if wrapped := _os_error(error):
+            raise wrapped from error
+        raise
 
 
 def _os_error(error: BaseException) -> OSError | None:

@@ -15,18 +15,25 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from opd_agents import envs
 from opd_agents.chat import Chat, build_word_tokenizer
-from opd_agents.config import RunConfig
+from opd_agents.config import ChatSettings, EnvironmentSource, RunConfig
 from opd_agents.correction import Repair
-from opd_agents.errors import AlignmentError, CheckpointError
+from opd_agents.errors import AlignmentError
 from opd_agents.evaluation import load_suite
 from opd_agents.optimizers import build_optimizers, set_learning_rate
 from opd_agents.policies import ExpertPolicy, MixturePolicy, Policy
 from opd_agents.policies.models import (
-    build_model, check_vocabulary, head, hidden_states, load_chat, load_model, load_tokenizer, save_checkpoint,
+    build_model,
+    check_vocabulary,
+    head,
+    hidden_states,
+    load_chat,
+    load_model,
+    load_tokenizer,
+    save_checkpoint,
 )  # fmt: skip
 from opd_agents.policies.sampler import TransformersSampler
 from opd_agents.rollout import Limits, rollout
-from opd_agents.runs import RunFolder, latest_checkpoint
+from opd_agents.runs import RunFolder, checkpoints_in, latest_checkpoint
 from opd_agents.schedules import value_at
 from opd_agents.tasks import draw_episodes, split_sizes
 from opd_agents.teachers.local import LocalTeacher
@@ -118,7 +125,8 @@ class Session:
         save_checkpoint(folder, self.model, self.tokenizer, settings)
         with (folder / "optimizer.pt").open("wb") as file:  # a file, so that a full disk is told as one
             torch.save([optimizer.state_dict() for optimizer in self.optimizers], file)
-        state = {"step": self.step, "updates": self.updates, "totals": self.totals, "evaluation": self.evaluation}
+        counts = {"step": self.step, "updates": self.updates, "totals": self.totals}
+        state = counts | {"evaluation": self.evaluation}
         (folder / "trainer.json").write_text(json.dumps(state), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
@@ -130,20 +138,36 @@ class Session:
             optimizer.load_state_dict(saved)
 
 
+def check_inputs(config: RunConfig) -> None:
+    """Raise UserError for what a stage names and does not exist, before a folder is made or a step taken."""
+    split_sizes(config.environments)
+    if config.evaluation:
+        split, measured = config.evaluation.split, load_suite(config.evaluation.suite).environments
+        split_sizes([EnvironmentSource(id=e.id, options=e.options, split=split) for e in measured])
+    student, paths = config.student, [config.teacher.model if config.teacher else None]
+    if not checkpoints_in(config.folder):
+        paths.append(student.build.tokenizer if student.build else student.model)
+    for path in filter(None, paths):
+        load_tokenizer(newest_checkpoint(path))
+
+
+def newest_checkpoint(path: str) -> str:
+    """Of a run folder its newest checkpoint; a checkpoint, or the id of a model on the hub, as it is."""
+    may_be_id = path.count("/") < 2 and not path.startswith((".", "/"))
+    return path if may_be_id and not Path(path).exists() else str(latest_checkpoint(Path(path)))
+
+
 def load_session(config: RunConfig, folder: RunFolder) -> Session:
     """Everything a stage needs, from its start or from the folder's newest checkpoint."""
-    task_counts = split_sizes(config.environments)
-    if config.evaluation:
-        load_suite(config.evaluation.suite)
     checkpoints = folder.checkpoints()
     model, tokenizer, chat = _student(config, str(checkpoints[-1]) if checkpoints else None)
     check_projection(model, config.student.dtype)
     teacher = None
     if config.teacher is not None:
-        path = str(latest_checkpoint(Path(config.teacher.model))) if Path(config.teacher.model).exists() else config.teacher.model
+        path = newest_checkpoint(config.teacher.model)
         teacher = LocalTeacher(path, chat, dtype=config.teacher.dtype, temperature=config.rollout.temperature)
     session = Session(
-        config, folder, model, tokenizer, chat, teacher, task_counts,
+        config, folder, model, tokenizer, chat, teacher, split_sizes(config.environments),
         build_optimizers(model, config.trainer.optimizer, config.trainer.weight_decay),
         TransformersSampler(model, chat.end_ids, actor=Actor.STUDENT, temperature=config.rollout.temperature),
     )  # fmt: skip
@@ -154,18 +178,17 @@ def load_session(config: RunConfig, folder: RunFolder) -> Session:
 
 def _student(config: RunConfig, checkpoint: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Chat]:
     chat = config.chat
-    settings = {"template": chat.template, "kwargs": chat.kwargs, "system": chat.system}
+    settings: dict[str, Any] = {"template": chat.template, "kwargs": chat.kwargs, "system": chat.system}
     build = config.student.build
     if checkpoint is None and build is not None:
-        tokenizer = load_tokenizer(build.tokenizer) if build.tokenizer else _fresh_tokenizer(config)
+        shared = build.tokenizer
+        tokenizer = load_tokenizer(newest_checkpoint(shared)) if shared else _fresh_tokenizer(config)
         model = build_model(build.model_type, build.config, tokenizer, config.seed)
         return model, tokenizer, Chat(tokenizer, **settings)
-    path = checkpoint or str(config.student.model)
-    if Path(path).exists():
-        path = str(latest_checkpoint(Path(path)))
+    path = checkpoint or newest_checkpoint(str(config.student.model))
     tokenizer, model = load_tokenizer(path), load_model(path, config.student.dtype)
     check_vocabulary(model, tokenizer, path)
-    return model, tokenizer, load_chat(path, tokenizer, settings if chat.model_fields_set else None)
+    return model, tokenizer, load_chat(path, tokenizer, settings if chat != ChatSettings() else None)
 
 
 def _fresh_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from opd_agents.batch import Packed
+from opd_agents.correction import Repair
 from opd_agents.credit import FrozenTerms
 from opd_agents.evaluation.metrics import invalid_calls
-from opd_agents.correction import Repair
 from opd_agents.session import Session
 from opd_agents.types import Actor, Outcome, Trajectory
 

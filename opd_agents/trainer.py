@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -18,7 +17,6 @@ from opd_agents.batch import Packed, pack
 from opd_agents.config import RunConfig
 from opd_agents.correction import Repair, correct
 from opd_agents.credit import FrozenTerms, advantages, assign_credit, check_behaviour, frozen_terms
-from opd_agents.errors import RunFolderError
 from opd_agents.evaluation import load_suite, run_suite, summarise
 from opd_agents.evaluation.evaluate import model_contestant
 from opd_agents.loss import Plan, micro_losses, plan, selected
@@ -26,8 +24,7 @@ from opd_agents.policies.models import forward_flops
 from opd_agents.progress import Interrupted, StopSignal, progress_bar
 from opd_agents.rollout import rollout
 from opd_agents.runs import RunFolder, latest_checkpoint, save_trajectories, write_whole
-from opd_agents.schedules import value_at
-from opd_agents.session import Session, load_session
+from opd_agents.session import Session, check_inputs, load_session
 from opd_agents.step_metrics import repair_rows, step_metrics
 from opd_agents.tasks import draw_episodes
 from opd_agents.teachers import HiddenStates
@@ -41,6 +38,8 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
     one as it is.
     """
     envs.import_plugins(config.imports)
+    for stage in config.stages.values() or [config]:
+        check_inputs(stage)
     if not config.stages:
         return _train_stage(config, resume)
     RunFolder(config.folder, config.model_dump(mode="json"), resume=resume)
@@ -48,7 +47,7 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
     summaries = {}
     for name, stage in config.stages.items():
         if previous is not None:
-            start = {"model": str(latest_checkpoint(previous)), "build": None}
+            start = {"model": str(latest_checkpoint(previous).resolve()), "build": None}
             stage = stage.model_copy(update={"student": stage.student.model_copy(update=start)})
         previous = _train_stage(stage, resume)
         summaries[name] = json.loads((previous / "summary.json").read_text())
@@ -97,8 +96,7 @@ def _train_stage(config: RunConfig, resume: bool) -> Path:
                     f"Stopped after step {session.step}; its checkpoint is written. "
                     f"The same command with --resume goes on from there ({folder.path})."
                 )
-    if not folder.checkpoints() or folder.checkpoints()[-1].name != f"step-{session.step}":
-        folder.save_checkpoint(session.step, session.save, trainer.keep_last)
+    folder.save_checkpoint(session.step, session.save, trainer.keep_last)
     totals = {f"total/{key}": value for key, value in session.totals.items()}
     summary = {
         "name": config.name, "steps": session.step, "seconds": session.totals["seconds"],

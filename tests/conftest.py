@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -23,7 +24,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session")
 def desk_chat():
     """A chat over the OrderDesk's vocabulary, its prompts without system text and tools."""
-    from tiny import desk_episodes, rolled
+    from rolling import desk_episodes, rolled
 
     from opd_agents.chat import Chat, build_word_tokenizer
     from opd_agents.policies import ExpertPolicy
@@ -36,7 +37,7 @@ def desk_chat():
 
 @pytest.fixture(scope="session")
 def tiny_llama(desk_chat):
-    """Builds random Llama models over that vocabulary; their logits are spread, so that temperature matters."""
+    """Builds random Llama models over that vocabulary, with spread logits, so that temperature matters."""
     from opd_agents.policies.models import build_model
 
     small = {
@@ -61,7 +62,18 @@ def teacher(tiny_llama):
 @pytest.fixture(scope="session")
 def sampled(student, desk_chat):
     """Twelve OrderDesk episodes of the student in groups of four, at temperature 1.3."""
-    from tiny import desk_episodes, rolled, sampler
+    from rolling import desk_episodes, rolled, sampler
 
     policy = sampler(student, desk_chat, temperature=1.3)
     return rolled(desk_episodes(12, group_size=4, max_turns=4), policy, desk_chat, temperature=1.3)
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder: a model of a few thousand weights, trained for moments on ``tiny``'s environment."""
+    import tiny
+
+    from opd_agents.config import load_config
+    from opd_agents.trainer import train
+
+    return train(load_config(tiny.sft(tmp_path_factory.mktemp("teacher") / "run")))

@@ -78,13 +78,14 @@ def test_easy_texts_are_these() -> None:
     assert texts[:3] == [
         f"Customer {name} asks to settle every order.",
         f'{{"name":"find_customer","arguments":{{"name":"{name}"}}}}{{"customer_id":"ID"}}',
-        '{"name":"list_orders","arguments":{"customer_id":"ID"}}{"orders":["ID","ID"]}',
+        '{"name":"list_orders","arguments":{"customer_id":"ID"}}{"next_order":"ID"}',
     ]
     status = env.case.orders[0].status
     assert texts[3] == (
         f'{{"name":"get_order","arguments":{{"order_id":"ID"}}}}{{"order_id":"ID","status":"{status}"}}'
     )
-    assert texts[4].endswith(f'{{"status":"{RIGHT_STATUS[status]}"}}')
+    assert texts[4].endswith(f'{{"status":"{RIGHT_STATUS[status]}","next_order":"ID"}}')
+    assert texts[-2].endswith('"next_order":"none"}')
     assert texts[-1] == '{"name":"close_ticket","arguments":{}}{"ticket":"closed"}'
 
 
@@ -106,7 +107,7 @@ def test_wrong_action_for_the_status_is_executed_irreversible_and_fails() -> Non
     task = next(i for i in range(50) if started(i).case.orders[0].status == "shipped")
     env = started(task)
     order_id = env.case.orders[0].id
-    assert env.step(action("refund_order", order_id=order_id))[0] == '{"status":"refunded"}'
+    assert env.step(action("refund_order", order_id=order_id))[0].startswith('{"status":"refunded",')
     observation, *_, info = env.step(action("recall_order", order_id=order_id))
     assert (observation, info["tool_error"]) == ('{"error":"already settled"}', "already settled")
     asked = []

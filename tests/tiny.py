@@ -1,81 +1,130 @@
-"""Episodes, trajectories and policies that the tests of the engine share."""
+"""Tiny runs: models of a few thousand weights that share a word tokenizer, in an environment of two turns."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import json
+from pathlib import Path
+from typing import Any, ClassVar
 
-from opd_agents import envs
-from opd_agents.chat import Chat
-from opd_agents.policies import Action, History, Policy
-from opd_agents.rollout import Episode, Limits, rollout
-from opd_agents.types import Actor, Outcome, StopReason, Task, Trajectory, Turn
+import opd_agents as opd
+from opd_agents.config import RunConfig, load_config
+from opd_agents.envs import AgentEnv
+from opd_agents.types import Task
 
-DESK = "opd_agents/OrderDesk-v0"
-LIMITS = Limits(max_tokens_per_turn=8, max_context_tokens=320)
-
-
-def desk_episodes(n: int, *, group_size: int = 1, **options: Any) -> list[Episode]:
-    """``n`` episodes of the easy OrderDesk, a task for every ``group_size`` of them."""
-    return [
-        Episode(
-            uid=f"e{i}", env_id=DESK, seed=i, task=Task(str(i // group_size), "train"), stream=(5, 0, i),
-            env_kwargs={"level": "easy"} | options, group=f"g{i // group_size}" if group_size > 1 else "",
-        )
-        for i in range(n)
-    ]  # fmt: skip
-
-
-def rolled(
-    episodes: Sequence[Episode],
-    policy: Policy,
-    chat: Chat | None = None,
-    *,
-    limits: Limits = LIMITS,
-    temperature: float = 1.0,
-    make: Callable[..., envs.AgentEnv] = envs.make,
-) -> list[Trajectory]:
-    return rollout(episodes, policy, make=make, chat=chat, limits=limits, temperature=temperature)
+DESK = {"id": "opd_agents/OrderDesk-v0", "options": {"level": "easy"}}
+BUILD = {
+    "config": {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "tie_word_embeddings": True,
+    }
+}  # fmt: skip
+BRIEF = {"system": "", "kwargs": {"include_tools": False}}
+SUITE = str(Path(__file__).with_name("parity.yaml"))
+LIMITS = {"max_tokens_per_turn": 8, "max_context_tokens": 96}
+DISTILL = {"kind": "distill", "ratio_clip": 2.0, "select": {"actor": "student"}}
+POLICY = {"kind": "policy", "select": {"actor": "student", "source": "rollout"}}
+REPAIRED = {"kind": "ce", "coef": 0.1, "select": {"actor": "teacher", "source": "correction"}}
+MIX = {
+    "teacher": {"model": "filled in by tiny()"},
+    "correction": {"episodes_per_step": 2, "trials": 2, "token_share": 0.5},
+    "loss": {"components": {"distill": DISTILL, "verifier": POLICY, "correction": REPAIRED}},
+}
 
 
-def sampler(model: Any, chat: Chat, *, temperature: float = 1.0, **options: Any) -> Any:
-    from opd_agents.policies.sampler import TransformersSampler
+class Parity(AgentEnv):
+    """Two answers; the first must have an even number of characters, which about half of all texts have."""
 
-    return TransformersSampler(
-        model, chat.end_ids, **{"actor": Actor.STUDENT, "temperature": temperature} | options
-    )
+    system_prompt = "Answer."
+    split_sizes: ClassVar = {"train": 20, "validation": 10, "test": 10}
+    max_turns = 3
+    has_expert: ClassVar = True
+
+    def __init__(self) -> None:
+        super().__init__([])
+        self.answers: list[str] = []
+
+    def begin(self, task: Task) -> str:
+        self.answers = []
+        return f"Say {task.id}."
+
+    def on_text(self, text: str) -> str:
+        self.answers.append(text)
+        if len(self.answers) == 2:
+            self.finish()
+        return "Go on."
+
+    def expert_action(self) -> str:
+        return "yes, sir"
+
+    def success(self) -> float | bool:
+        return bool(self.answers) and len(self.answers[0]) % 2 == 0
+
+    def get_state(self) -> Any:
+        return list(self.answers)
+
+    def set_state(self, state: Any) -> None:
+        self.answers = list(state)
 
 
-class Scripted:
-    """Acts by a function from the history to the action's text; with a ``chat`` as token ids that count as
-    sampled with probability 1."""
-
-    def __init__(
-        self, choose: Callable[[History], str], actor: Actor = Actor.STUDENT, chat: Chat | None = None
-    ) -> None:
-        self.choose, self.actor, self.chat = choose, actor, chat
-
-    def act(self, histories: Sequence[History]) -> list[Action]:
-        return [self._action(self.choose(history)) for history in histories]
-
-    def _action(self, text: str) -> Action:
-        if self.chat is None:
-            return Action(self.actor, StopReason.NOT_SAMPLED, text=text)
-        ids = self.chat.encode_action(text)
-        return Action(self.actor, StopReason.END, ids, (0.0,) * len(ids))
+opd.register("tiny/Parity-v0", "tiny:Parity")
 
 
-def turn(context: Sequence[int], action: Sequence[int], **fields: Any) -> Turn:
-    """A turn by hand, sampled by the student with log-probs of -1."""
-    defaults: dict[str, Any] = {
-        "context_ids": tuple(context), "action_ids": tuple(action), "logprobs": (-1.0,) * len(action),
-        "actor": Actor.STUDENT, "policy_version": 0, "text": "", "action": "", "observation": "", "reward": 0.0,
-        "terminated": False, "truncated": False, "stop_reason": StopReason.END, "state_digest": "",
+def sft(output: Path, **changes: Any) -> dict[str, Any]:
+    """A fresh model on the expert's episodes."""
+    return {
+        "name": "tiny",
+        "output": str(output),
+        "imports": ["tiny"],
+        "method": "sft",
+        "student": {"build": BUILD},
+        "chat": BRIEF,
+        "environments": [{"id": "tiny/Parity-v0"}],
+        "rollout": {"source": "expert", "episodes_per_step": 8, **LIMITS},
+        "trainer": {"steps": 12, "learning_rate": 0.02, "optimizer": "muon", "tensorboard": False},
+    } | changes
+
+
+def mix(output: Path, teacher: Path, *overrides: str, **changes: Any) -> RunConfig:
+    """A fresh student: distillation, verifier and correction; ``changes`` replace top-level keys."""
+    raw = {
+        "name": "tiny",
+        "output": str(output),
+        "imports": ["tiny"],
+        "student": {"build": BUILD | {"tokenizer": str(teacher)}},
+        "chat": BRIEF,
+        "environments": [{"id": "tiny/Parity-v0"}],
+        "rollout": {"episodes_per_step": 8, "group_size": 4, **LIMITS},
+        "trainer": {
+            "steps": 5, "updates_per_step": 2, "learning_rate": 0.002, "optimizer": "muon",
+            "checkpoint_every": 2, "gradient_shares_every": 2, "tensorboard": False,
+        },
+        **MIX,
+        "teacher": {"model": str(teacher)},
     }  # fmt: skip
-    return Turn(**defaults | fields)
+    return load_config(raw | changes, *overrides)
 
 
-def trajectory(turns: Sequence[Turn], **fields: Any) -> Trajectory:
-    defaults: dict[str, Any] = {
-        "uid": "t", "env_id": DESK, "env_kwargs": {}, "seed": 0, "task": Task("0", "train"),
-        "outcome": Outcome.FAILURE, "reward": 0.0,
-    }  # fmt: skip
-    return Trajectory(turns=tuple(turns), **defaults | fields)
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def timeless(value: Any) -> Any:
+    """Without clock figures, at any depth."""
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if "seconds" not in k and "per_second" not in k}
+    return [timeless(item) for item in value] if isinstance(value, list) else value
+
+
+def final_state(run: Path) -> dict[str, Any]:
+    """All that a run leaves, without clock figures: weights and optimizer as bytes, the rest as data."""
+    newest = max((run / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    state: dict[str, Any] = {
+        "checkpoint": newest.name,
+        "metrics": timeless(metrics(run)),
+        "summary": timeless(json.loads((run / "summary.json").read_text())),
+        "trajectories": {path.name: path.read_text() for path in (run / "trajectories").iterdir()},
+    }
+    for path in newest.iterdir():
+        if path.name == "trainer.json":
+            state[path.name] = timeless(json.loads(path.read_text()))
+        elif path.name not in ("config.json", "tokenizer_config.json"):  # these say how they were loaded
+            state[path.name] = path.read_bytes()
+    return state

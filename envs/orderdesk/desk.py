@@ -10,10 +10,15 @@ from opd_agents.tools import ToolError
 
 
 class Desk:
-    """The tools over one database. Nothing that changes an order can be undone."""
+    """The tools over one database. Nothing that changes an order can be undone.
 
-    def __init__(self, database: Database) -> None:
+    A ``linked`` desk names one order at a time, a work queue: ``list_orders`` the customer's first open one,
+    and every tool that settles an order the next.
+    """
+
+    def __init__(self, database: Database, linked: bool) -> None:
         self.database = database
+        self.linked = linked
 
     def find_customer(self, name: str) -> dict[str, Any]:
         """Find a customer by name."""
@@ -35,6 +40,8 @@ class Desk:
     def list_orders(self, customer_id: str) -> dict[str, Any]:
         """List the ids of a customer's orders."""
         self._customer(customer_id)
+        if self.linked:
+            return self._next_order(customer_id)
         query = "SELECT id FROM orders WHERE customer_id = ? ORDER BY place"
         return {"orders": [id for (id,) in self.database.rows(query, customer_id)]}
 
@@ -135,7 +142,15 @@ class Desk:
         self._open_order(order_id)
         self._note(order_id, tool)
         self.database.run("UPDATE orders SET status = ? WHERE id = ?", status, order_id)
-        return {"status": status}
+        if not self.linked:
+            return {"status": status}
+        owner = self.database.rows("SELECT customer_id FROM orders WHERE id = ?", order_id)[0][0]
+        return {"status": status, **self._next_order(owner)}
+
+    def _next_order(self, customer_id: str) -> dict[str, Any]:
+        query = "SELECT id, status FROM orders WHERE customer_id = ? ORDER BY place"
+        open_orders = [id for id, status in self.database.rows(query, customer_id) if status in OPEN_STATUSES]
+        return {"next_order": open_orders[0] if open_orders else "none"}
 
     def _pay(self, order_id: str, tool: str, status: str) -> dict[str, Any]:
         result = self._settle(order_id, tool, status)

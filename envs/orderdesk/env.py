@@ -44,7 +44,7 @@ class OrderDesk(AgentEnv):
             raise UserError(f"OrderDesk: max_turns must be at least 1, got {max_turns}.")
         self.system_prompt = self.level.system_prompt
         self.database = Database()
-        self.desk = Desk(self.database)
+        self.desk = Desk(self.database, self.level.linked)
         self._timeouts_left = 0
         self._answered: set[str] = set()
         super().__init__([getattr(self.desk, name) for name in self.level.tools])
@@ -77,7 +77,7 @@ class OrderDesk(AgentEnv):
         """Whether the database is in every row what policy leads to."""
         goal = Database()
         goal.fill(self.case)
-        desk = Desk(goal)
+        desk = Desk(goal, self.level.linked)
         for call in solution(self.case):
             getattr(desk, call.name)(**call.arguments)
         reached = goal.dump() == self.database.dump()

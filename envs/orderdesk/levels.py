@@ -50,6 +50,7 @@ class Level:
     max_turns: int
     max_timeouts: int
     timeout_rate: float
+    linked: bool = False  # the desk names the next order, so that no id must be found among several
 
 
 @functools.lru_cache(maxsize=4096)  # groups, repairs and forks come back to the same task
@@ -213,7 +214,7 @@ def _policies(window: int, separate: bool) -> tuple[tuple[str, str], ...]:
 LEVELS = {
     level.name: level
     for level in (
-        Level("easy", _draw_easy, EASY_PROMPT, tuple(EASY_TOOLS), 16, 4, 0.08),
+        Level("easy", _draw_easy, EASY_PROMPT, tuple(EASY_TOOLS), 16, 4, 0.08, linked=True),
         Level("medium", _draw_medium, PROMPT, tuple(ALL_TOOLS), 24, 6, 0.05),
         Level("hard", _draw_hard, PROMPT, tuple(ALL_TOOLS), 40, 8, 0.05),
     )

@@ -29,11 +29,11 @@ class History:
     max_tokens: int
     env: AgentEnv
 
-    def random(self) -> np.random.Generator:
-        """Counter-based uniforms of this episode from this token position on (Philox)."""
+    def random(self, purpose: int = 0) -> np.random.Generator:
+        """Counter-based uniforms of this episode from this token position on (Philox), a stream a purpose."""
         seed, step, episode = self.stream
         return np.random.Generator(
-            np.random.Philox(key=[seed, step], counter=[0, len(self.ids), len(self.messages), episode])
+            np.random.Philox(key=[seed, step], counter=[0, len(self.ids), len(self.messages) + 2**32 * purpose, episode])
         )
 
 
@@ -102,8 +102,7 @@ class MixturePolicy:
         self._edges = np.cumsum(shares / shares.sum())
 
     def act(self, histories: Sequence[History]) -> list[Action]:
-        # far from the streams of the policies' own draws, which number the messages where the jump is added
-        draws = [np.random.Generator(h.random().bit_generator.jumped(2**32)).random() for h in histories]
+        draws = [history.random(purpose=1).random() for history in histories]  # 0: the policies' own draws
         chosen = np.searchsorted(self._edges, draws, "right").tolist()
         actions: list[Action | None] = [None] * len(histories)
         for index, policy in enumerate(self._policies):

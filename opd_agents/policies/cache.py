@@ -13,6 +13,9 @@ from transformers.cache_utils import DynamicLayer
 class GrowingLayer(DynamicLayer):
     """``keys`` and ``values`` [B, heads, L, D] are views of buffers with room to spare."""
 
+    keys: Tensor
+    values: Tensor
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -22,7 +23,7 @@ def load_model(path: str, dtype: str) -> PreTrainedModel:
     """A causal language model in evaluation mode (no dropout). Raises CheckpointError."""
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"Cannot load a model from {path!r}: {_first_line(error)}") from None
     return model.eval()
 
@@ -67,7 +68,7 @@ def save_checkpoint(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedT
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     """Every id that the tokenizer can give must have an embedding."""
-    size = model.get_input_embeddings().num_embeddings
+    size = len(_embeddings(model))
     if len(tokenizer) > size:
         raise CheckpointError(
             f"{path}: the tokenizer has {len(tokenizer)} tokens and the model only {size}; "
@@ -96,9 +97,13 @@ def forward_flops(model: PreTrainedModel, tokens: int, context: float) -> int:
     config = model.config
     matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in name)
     if config.tie_word_embeddings:
-        matrices += model.get_input_embeddings().weight.numel()
+        matrices += _embeddings(model).numel()
     attention = 4 * config.num_hidden_layers * config.hidden_size * context
     return round(tokens * (2 * matrices + attention))
+
+
+def _embeddings(model: PreTrainedModel) -> Tensor:
+    return next(model.get_input_embeddings().parameters())
 
 
 def _first_line(error: Exception) -> str:

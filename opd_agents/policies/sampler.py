@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from opd_agents.policies.base import Action, History
-from opd_agents.policies.cache import growing_cache
+from opd_agents.policies.cache import GrowingLayer, growing_cache
 from opd_agents.policies.models import forward_flops, head
 from opd_agents.types import Actor, StopReason
 
@@ -84,6 +84,7 @@ class TransformersSampler:
         order = torch.argsort(~valid, dim=1, stable=True)[:, :length]
         store = growing_cache()
         for layer, kept in enumerate(old.store.layers):
+            assert isinstance(kept, GrowingLayer)  # growing_cache() makes no other
             gather = order[:, None, :, None].expand(-1, kept.keys.shape[1], -1, kept.keys.shape[3])
             store.update(kept.keys[index].gather(2, gather), kept.values[index].gather(2, gather), layer)
         ids = tuple(old.ids[row] if good else () for row, good in zip(rows, usable, strict=True))

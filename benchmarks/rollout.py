@@ -1,0 +1,216 @@
+"""Rollouts with the key-value cache kept across turns, against re-prefilling the history at every turn.
+
+    python benchmarks/rollout.py [--batch 1 --batch 32 --batch 128] [--repeats 5] [--threads 1] [--json]
+
+Both arms are `TransformersSampler` on the same episodes, with a model of the quickstart student's shape and
+random weights. First both play every case in float64, where rounding decides no draw: they must give the same
+tokens, and what they feed to the model is counted. Then they are timed in float32, alternating.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median, median_low
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import rich.box
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from opd_agents import envs
+from opd_agents.chat import Chat, build_word_tokenizer
+from opd_agents.config import load_config
+from opd_agents.policies import ExpertPolicy
+from opd_agents.policies.models import build_model
+from opd_agents.policies.sampler import TransformersSampler
+from opd_agents.rollout import Episode, Limits, rollout
+from opd_agents.types import Actor, Task, Trajectory
+
+TURNS = (4, 8, 16)
+ACTION_TOKENS = 16  # of every action, for the end token is one that does not exist
+ARMS = {"kept": True, "re-prefilled": False}  # what `reuse` is
+RESULTS = Path(__file__).parent / "results"
+
+
+class Recited(envs.AgentEnv):
+    """Says what an OrderDesk said to its expert, whatever is answered, for exactly ``turns`` turns."""
+
+    fork_mode: ClassVar = "none"
+
+    def __init__(self, turns: int, prompts: Sequence[str], observations: Sequence[str]) -> None:
+        super().__init__([])
+        self.split_sizes, self.max_turns = {"train": 1_000_000}, turns
+        self.prompts, self.observations = prompts, observations
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        return super().step("-")  # what random tokens look like, a text or a broken call, must not matter
+
+    def begin(self, task: Task) -> str:
+        return self.prompts[int(task.id) % len(self.prompts)]
+
+    def on_text(self, text: str) -> str:
+        return self.observations[(7 * int(self.task.id) + self.turn) % len(self.observations)]
+
+    def success(self) -> bool:
+        return False
+
+    def digest_text(self) -> str:
+        return str(self.turn)
+
+
+class Bench:
+    """The model, its chat, and what the environment recites: real texts, each kind all of its median length
+    in tokens, so that the number of turns alone decides how many tokens there are."""
+
+    def __init__(self) -> None:
+        desk = _episodes("opd_agents/OrderDesk-v0", 64, level="hard")
+        expert = rollout(desk, ExpertPolicy(), make=envs.make, chat=None, limits=Limits(), temperature=1.0)
+        prompts = [t.messages[-1].content for t in expert]
+        observations = [turn.observation for t in expert for turn in t.turns[:-1]]
+        actions = [turn.action for t in expert for turn in t.turns]
+        tokenizer = build_word_tokenizer([*prompts, *observations, *actions])
+
+        def of_one_length(texts: Sequence[str]) -> list[str]:
+            typical = median_low(lengths := [len(tokenizer.encode(text)) for text in texts])
+            return [text for text, length in zip(texts, lengths, strict=True) if length == typical]
+
+        self.prompts, self.observations = of_one_length(prompts), of_one_length(observations)
+        self.chat = Chat(tokenizer, system="", kwargs={"include_tools": False})
+        build = load_config("quickstart").student.build
+        assert build is not None
+        fields = build.config | {"max_position_embeddings": 4096}
+        self.model = build_model(build.model_type, fields, tokenizer, seed=0)
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+
+    def play(self, batch: int, turns: int, reuse: bool) -> list[Trajectory]:
+        sampler = TransformersSampler(
+            self.model, frozenset({-1}), actor=Actor.STUDENT, temperature=1.0, reuse=reuse
+        )
+        return rollout(
+            _episodes("recited", batch), sampler, chat=self.chat, limits=Limits(ACTION_TOKENS),
+            temperature=1.0, make=lambda env_id: Recited(turns, self.prompts, self.observations),
+        )  # fmt: skip
+
+    def check(self, batch: int, turns: int) -> dict[str, dict[str, float]]:
+        """Tokens of the prompt, prefilled, and fed in all, per episode, of each arm.
+
+        Asserts that both arms give the same tokens, and that the first feeds each token once.
+        """
+        counts, ids = {}, {}
+        fed: list[int] = []  # by each forward pass
+        hook = self.model.double().base_model.register_forward_pre_hook(
+            lambda module, args, kwargs: fed.append(kwargs["input_ids"].numel()), with_kwargs=True
+        )
+        for arm, reuse in ARMS.items():
+            fed.clear()
+            played = self.play(batch, turns, reuse)
+            ids[arm] = [[turn.action_ids for turn in t.turns] for t in played]
+            decoded = batch * turns * (ACTION_TOKENS - 1)  # an action's last token is fed with what follows
+            tokens = {"prompt": fed[0], "prefilled": sum(fed) - decoded, "fed": sum(fed)}
+            counts[arm] = {kind: number / batch for kind, number in tokens.items()}
+        hook.remove()
+        self.model.float()
+        assert ids["kept"] == ids["re-prefilled"], "the arms gave different tokens"
+        assert all(len(t) == turns and {len(action) for action in t} == {ACTION_TOKENS} for t in ids["kept"])
+        history = sum(len(turn.context_ids) + ACTION_TOKENS for turn in played[0].turns)
+        assert counts["kept"]["fed"] == history - 1  # nothing follows the last token
+        return counts
+
+    def seconds(self, batch: int, turns: int, repeats: int) -> dict[str, list[float]]:
+        """Of each repeat of each arm, alternating; the arm that begins alternates too."""
+        taken: dict[str, list[float]] = {arm: [] for arm in ARMS}
+        for repeat in range(-1, repeats):  # the first, not kept, warms up
+            for arm, reuse in list(ARMS.items())[:: 1 if repeat % 2 else -1]:
+                started = time.perf_counter()
+                self.play(batch, turns, reuse)
+                taken[arm].append(time.perf_counter() - started)
+        return {arm: values[1:] for arm, values in taken.items()}
+
+
+def _episodes(env_id: str, n: int, **options: Any) -> list[Episode]:
+    tasks = [Task(str(i), "train") for i in range(n)]
+    return [Episode(task.id, env_id, i, task, (0, 0, i), options) for i, task in enumerate(tasks)]
+
+
+def measure(batches: Sequence[int], turns: Sequence[int], repeats: int) -> dict[str, Any]:
+    """All cases; asserts that the tokens fed grow linearly with the turns if the cache is kept."""
+    bench, rows = Bench(), []
+    for batch in batches:
+        counted = {n: bench.check(batch, n) for n in turns}
+        slopes = {arm: _slope({n: counts[arm] for n, counts in counted.items()}) for arm in ARMS}
+        assert 0.9 < slopes["kept"] < 1.15 < 1.4 < slopes["re-prefilled"], slopes
+        for n in turns:
+            taken = bench.seconds(batch, n, repeats)
+            speed_ups = [b / a for a, b in zip(taken["kept"], taken["re-prefilled"], strict=True)]
+            for arm in ARMS:
+                rate = _spread([batch / seconds for seconds in taken[arm]])
+                row = {"batch": batch, "turns": n, "arm": arm, "episodes_per_second": rate, **counted[n][arm]}
+                row |= {"tokens_per_second": rate["median"] * n * ACTION_TOKENS, "slope": slopes[arm]}
+                rows.append(row | ({"speed_up": _spread(speed_ups)} if ARMS[arm] else {}))
+    return {"parameters": bench.parameters, "repeats": repeats, "action_tokens": ACTION_TOKENS, "rows": rows}
+
+
+def _slope(counts: Mapping[int, Mapping[str, float]]) -> float:
+    """Of the tokens fed after the first prompt over the turns on log-log scales: 1 linear, 2 quadratic."""
+    after = [tokens["fed"] - tokens["prompt"] for tokens in counts.values()]
+    return float(np.polyfit(np.log(list(counts)), np.log(after), 1)[0])
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": median(values), "min": min(values), "max": max(values)}
+
+
+def page(result: Mapping[str, Any]) -> str:
+    """The result as Markdown."""
+    view = Table(box=rich.box.MARKDOWN)
+    columns = ("episodes/s", "tokens/s", "speed-up", "prefilled", "fed", "slope")
+    for column in ("batch", "turns", "cache", *columns):
+        view.add_column(column, justify="left" if column == "cache" else "right", no_wrap=True)
+    text = "{median:.2f} ({min:.2f} to {max:.2f})"
+    for row in result["rows"]:
+        speed_up = text.format(**row["speed_up"]) if "speed_up" in row else ""
+        rates = text.format(**row["episodes_per_second"]), f"{row['tokens_per_second']:.0f}"
+        counts = f"{row['prefilled']:.0f}", f"{row['fed']:.0f}", f"{row['slope']:.2f}"
+        view.add_row(str(row["batch"]), str(row["turns"]), row["arm"], *rates, speed_up, *counts)
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print("Median (min to max); prefilled and fed: tokens an episode.", _described(result), "\n")
+        console.print(view)
+    return "\n".join(line.strip() for line in captured.get().strip().splitlines()) + "\n"
+
+
+def _described(result: Mapping[str, Any]) -> str:
+    facts = {key: value for key, value in result.items() if key != "rows"}
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items())
+
+
+def main(
+    batch: Annotated[list[int], typer.Option(min=1, help="Episodes in lock-step; repeatable.")] = [32],  # noqa: B006
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rollouts of each arm.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    out: Annotated[Path, typer.Option(help="Where rollout.json and rollout.md go.")] = RESULTS,
+) -> None:
+    """Episodes and tokens per second of rollouts with and without the cache kept, at 4, 8 and 16 turns."""
+    torch.set_num_threads(threads)
+    machine = {
+        "processor": platform.machine(), "cores": os.cpu_count(), "threads": threads, "torch": torch.__version__,
+        "load_before": _load(), **measure(batch, TURNS, repeats), "load_after": _load()
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    texts = {"rollout.json": json.dumps(result, indent=1) + "\n", "rollout.md": page(result)}
+    for name, text in texts.items():
+        (out / name).write_text(text, encoding="utf-8")
+    print(texts["rollout.json" if as_json else "rollout.md"], end="")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,413 @@
+import copy
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from rolling import LIMITS, desk_episodes, rolled
+
+from opd_agents.batch import pack
+from opd_agents.config import Component, Schedule, Select, load_config
+from opd_agents.credit import advantages
+from opd_agents.loss import micro_losses, plan, selected
+from opd_agents.policies import ExpertPolicy
+from opd_agents.policies.models import head, hidden_states
+from opd_agents.teachers import HiddenStates
+from opd_agents.trainer import accumulate, minibatches
+from opd_agents.types import Actor, Branch, Outcome
+
+T = 1.3  # the temperature that `sampled` was sampled at
+DISTILL = Component(kind="distill")
+
+
+def in_float64(model):
+    """A copy; Llama's own norms would compute in float32."""
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__ == "LlamaRMSNorm":
+                norm = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon)
+                norm.weight = child.weight
+                setattr(module, name, norm)
+    return model.double()
+
+
+@pytest.fixture(scope="module")
+def model(student):
+    """The student a little off the weights that sampled, so that importance ratios are not 1."""
+    moved = in_float64(student)
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in moved.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=random, dtype=torch.float64)
+    return moved
+
+
+@pytest.fixture(scope="module")
+def judge(teacher):
+    return in_float64(teacher)
+
+
+@pytest.fixture(scope="module")
+def experts(desk_chat):
+    return rolled(desk_episodes(2), ExpertPolicy(), desk_chat, limits=LIMITS)
+
+
+@pytest.fixture(scope="module")
+def mixed(sampled, experts):
+    """Student episodes with rewards, a repaired one, and the expert's, whose tokens have no log-probs."""
+    random = np.random.default_rng(0)
+    outcomes = [Outcome.SUCCESS, Outcome.FAILURE]
+    rewarded = [
+        dataclasses.replace(t, reward=float(random.random()), outcome=outcomes[i % 2])
+        for i, t in enumerate(sampled)
+    ]
+    past, repaired, *rest = sampled[3].turns
+    turns = (dataclasses.replace(past, weight=0.0), dataclasses.replace(repaired, actor=Actor.TEACHER), *rest)
+    branch = dataclasses.replace(
+        sampled[3], uid="r", turns=turns, branch=Branch("e3", 1), group="", outcome=outcomes[0]
+    )
+    return [*rewarded, branch, *experts]
+
+
+def signal_of(judge, packed):
+    with torch.no_grad():
+        states = [hidden_states(judge, row[None])[0] for row in packed.rows]
+    hidden = [states[r][p - 1] for r, p in zip(packed.row, packed.position, strict=True)]
+    return HiddenStates(torch.stack(hidden), head(judge))
+
+
+def log_probs(model, packed, temperature=T):
+    """[N, V]: the plain way, through each row's own logits."""
+    logits = [model(row[None]).logits[0] for row in packed.rows]
+    states = [logits[r][p - 1] for r, p in zip(packed.row, packed.position, strict=True)]
+    return (torch.stack(states) / temperature).log_softmax(-1)
+
+
+def chosen(log_q, packed):
+    return log_q.gather(1, packed.target[:, None])[:, 0]
+
+
+def planned(packed, trajectories, components, rewards=None, progress=0.0):
+    weights = {name: selected(packed, trajectories, c.select) for name, c in components.items()}
+    everything = torch.ones(len(packed.target), dtype=torch.bool)
+    return plan(packed, components, weights, rewards or {}, everything, progress)
+
+
+def engine(model, trajectories, components, judge=None, *, tokens=10_000, temperature=T):
+    """Loss and gradient as the trainer gets them, summed over micro-batches of ``tokens``."""
+    packed = pack(trajectories)
+    signal = signal_of(judge, packed) if judge is not None else None
+    rewards = {n: advantages(trajectories, c.normalise) for n, c in components.items() if c.kind == "policy"}
+    todo = planned(packed, trajectories, components, rewards)
+    model.zero_grad()
+    total = 0.0
+    for micro in packed.micro_batches(tokens, todo.keep):
+        loss = sum(micro_losses(model, packed, micro, todo, signal, temperature).values())
+        loss.backward()
+        total += float(loss.detach())
+    return total, gradient_of(model)
+
+
+def plain(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return float(loss.detach()), gradient_of(model)
+
+
+def gradient_of(model):
+    return torch.cat([p.grad.flatten().clone() for p in model.parameters()])
+
+
+def assert_same(one, other, rtol=1e-6):
+    """Losses and gradients agree (coefficients, advantages and recorded log-probs are float32)."""
+    assert one[0] == pytest.approx(other[0], rel=rtol)
+    assert float((one[1] - other[1]).norm()) <= rtol * float(other[1].norm())
+    assert float(other[1].norm()) > 1e-3
+
+
+def preset(method):
+    raw = {"name": "x", "method": method, "student": {"model": "s"}, "environments": [{"id": "e"}]}
+    return load_config(raw | ({"teacher": {"model": "t"}} if method == "gkd" else {})).loss.components
+
+
+@pytest.mark.parametrize("temperature", [1.0, T])
+def test_sft_is_the_mean_negative_log_likelihood_of_the_action_tokens(model, experts, temperature):
+    packed = pack(experts)
+    expected = plain(model, -chosen(log_probs(model, packed, temperature), packed).mean())
+    assert_same(engine(model, experts, preset("sft"), temperature=temperature), expected)
+
+
+def test_gkd_is_the_mean_kl_from_student_to_teacher(model, judge, sampled):
+    packed = pack(sampled)
+    log_q, log_p = log_probs(model, packed), log_probs(judge, packed).detach()
+    expected = plain(model, (log_q.exp() * (log_q - log_p)).sum(-1).mean())
+    assert_same(engine(model, sampled, preset("gkd"), judge), expected)
+
+
+def test_gkd_sees_the_students_tokens_only(model, judge, mixed):
+    packed = pack(mixed)
+    mine = torch.tensor([mixed[e].turns[t].actor is Actor.STUDENT and mixed[e].turns[t].weight > 0
+                         for e, t in packed.turns])[packed.turn]  # fmt: skip
+    log_q, log_p = log_probs(model, packed), log_probs(judge, packed).detach()
+    expected = plain(model, (log_q.exp() * (log_q - log_p)).sum(-1)[mine].mean())
+    assert_same(engine(model, mixed, preset("gkd"), judge), expected)
+
+
+def test_grpo_is_the_clipped_surrogate_over_standardised_group_rewards(model, mixed):
+    trajectories = mixed[:12]
+    packed = pack(trajectories)
+    rewards = torch.tensor([t.reward for t in trajectories], dtype=torch.float64).reshape(3, 4)
+    standardised = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+    advantage = standardised.flatten()[packed.episode]
+    ratio = (chosen(log_probs(model, packed), packed) - packed.behaviour).exp()
+    surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+    clipped = float((surrogate != ratio * advantage).double().mean())
+    assert 0.05 < clipped < 0.95
+    expected = plain(model, -surrogate.mean())
+    assert_same(engine(model, trajectories, preset("grpo")), expected, rtol=1e-5)
+    assert_same(
+        engine(model, mixed, preset("grpo")), expected, rtol=1e-5
+    )  # repaired and expert episodes left out
+
+
+def random_components(seed):
+    random = np.random.default_rng(seed)
+
+    def pick(*options):
+        return options[random.integers(len(options))]
+
+    components = {}
+    for number in range(random.integers(2, 5)):
+        denominator = pick("token", "turn", "episode", "constant")
+        components[f"c{number}"] = Component(
+            kind=pick("distill", "distill", "policy", "ce"),
+            coef=float(random.uniform(0.1, 2)),
+            select=Select(
+                actor=pick(None, Actor.STUDENT, Actor.EXPERT),
+                source=pick(None, "rollout"),
+                outcome=pick(None, "success"),
+            ),
+            denominator=denominator,
+            constant=50.0 if denominator == "constant" else None,
+            divergence=pick("forward_kl", "reverse_kl", "jsd"),
+            beta=pick(0.2, 0.7),
+            ratio_clip=pick(None, 1.5),
+            normalise=pick("std", "none"),
+        )
+    return components | {"always": Component(kind="ce", coef=0.3)}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_split_into_micro_batches_gives_the_same_gradient(model, judge, mixed, seed):
+    components = random_components(seed)
+    whole = engine(model, mixed, components, judge)
+    assert torch.isfinite(whole[1]).all()
+    for tokens in (1, 500):
+        assert_same(engine(model, mixed, components, judge, tokens=tokens), whole, rtol=1e-10)
+
+
+def test_the_split_does_not_matter_in_float32(student, teacher, mixed):
+    components = random_components(0)
+    whole = engine(student, mixed, components, teacher)
+    assert_same(engine(student, mixed, components, teacher, tokens=200), whole, rtol=1e-5)
+    student.zero_grad()
+
+
+def test_two_divergences_in_one_loss_are_each_their_own(model, judge, sampled):
+    components = {
+        "reverse": Component(kind="distill", coef=0.5),
+        "forward": Component(kind="distill", coef=2.0, divergence="forward_kl"),
+        "ce": Component(kind="ce", coef=0.1),
+    }
+    packed = pack(sampled)
+    log_q, log_p = log_probs(model, packed), log_probs(judge, packed).detach()
+    reverse, forward = (log_q.exp() * (log_q - log_p)).sum(-1), (log_p.exp() * (log_p - log_q)).sum(-1)
+    loss = 0.5 * reverse.mean() + 2 * forward.mean() - 0.1 * chosen(log_q, packed).mean()
+    assert_same(engine(model, sampled, components, judge), plain(model, loss))
+
+
+@pytest.mark.parametrize("denominator", ["token", "turn", "episode", "constant"])
+def test_denominators_count_what_is_selected(model, mixed, denominator):
+    constant = 40.0 if denominator == "constant" else None
+    select = Select(actor=Actor.STUDENT, outcome=Outcome.SUCCESS)
+    component = Component(kind="ce", select=select, denominator=denominator, constant=constant)
+    packed = pack(mixed)
+    nll = -chosen(log_probs(model, packed), packed)
+    turns = [
+        (episode, nll[packed.turn == number])
+        for number, (episode, index) in enumerate(packed.turns)
+        if mixed[episode].success and mixed[episode].turns[index].actor is Actor.STUDENT
+        and mixed[episode].turns[index].weight
+    ]  # fmt: skip
+    episodes = {e: torch.cat([values for other, values in turns if other == e]) for e, _ in turns}
+    expected = {
+        "token": lambda: torch.cat([v for _, v in turns]).mean(),
+        "turn": lambda: torch.stack([v.mean() for _, v in turns]).mean(),
+        "episode": lambda: torch.stack([v.mean() for v in episodes.values()]).mean(),
+        "constant": lambda: torch.cat([v for _, v in turns]).sum() / 40,
+    }[denominator]()
+    assert_same(engine(model, mixed, {"ce": component}), plain(model, expected))
+
+
+@pytest.mark.parametrize(
+    "select",
+    [
+        Select(),
+        Select(actor=Actor.EXPERT),
+        Select(actor=Actor.TEACHER, source="correction"),
+        Select(source="rollout"),
+        Select(source="correction"),
+        Select(outcome=Outcome.FAILURE),
+        Select(actor=Actor.RANDOM),
+    ],
+)
+def test_a_component_sees_what_it_selects_and_no_inherited_turn(mixed, select):
+    packed = pack(mixed)
+    weights = selected(packed, mixed, select)
+    for n, weight in enumerate(weights.tolist()):
+        episode, index = packed.turns[packed.turn[n]]
+        one, turn = mixed[episode], mixed[episode].turns[index]
+        wanted = (
+            select.actor in (None, turn.actor)
+            and select.source in (None, "correction" if one.branch else "rollout")
+            and select.outcome in (None, one.outcome)
+        )
+        assert weight == (turn.weight if wanted else 0.0)
+    coefficients = planned(packed, mixed, {"c": Component(kind="ce", select=select)}).coefficients["c"]
+    assert float(coefficients.sum()) == pytest.approx(1.0 if select.actor is not Actor.RANDOM else 0.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_only_states_that_predict_a_selected_token_get_a_gradient(model, judge, mixed, seed):
+    packed = pack(mixed)
+    components = {n: c for n, c in random_components(seed).items() if n != "always"}
+    rewards = {n: advantages(mixed, c.normalise) for n, c in components.items() if c.kind == "policy"}
+    todo = planned(packed, mixed, components, rewards)
+    assert bool(todo.keep.any()) and not bool(todo.keep.all())
+    states = []
+    hook = model.model.norm.register_forward_hook(
+        lambda module, args, out: (out.retain_grad(), states.append(out))[1]
+    )
+    signal = signal_of(judge, packed)
+    touched = 0
+    for micro in packed.micro_batches(500):  # unneeded tokens included
+        states.clear()
+        sum(micro_losses(model, packed, micro, todo, signal, T).values()).backward()
+        expected = torch.zeros(micro.ids.shape, dtype=torch.bool)
+        needed = todo.keep[micro.tokens]
+        expected[micro.row[needed], micro.column[needed]] = True
+        reached = states[0].grad.ne(0).any(-1)
+        assert not bool(
+            (reached & ~expected).any()
+        )  # no state before an environment's token, or an inherited one
+        touched += int(reached.sum())
+    hook.remove()
+    assert touched > 20
+
+
+def test_the_importance_ratio_is_clipped_and_detached(model, judge, sampled):
+    packed = pack(sampled)
+    log_q, log_p = log_probs(model, packed), log_probs(judge, packed).detach()
+    ratio = (chosen(log_q, packed).detach() - packed.behaviour).exp()
+    assert float(ratio.max()) > 1.2 > float(ratio.min())
+    kl = (log_q.exp() * (log_q - log_p)).sum(-1)
+    expected = plain(model, (ratio.clamp(max=1.2) * kl).mean())
+    components = {"distill": Component(kind="distill", ratio_clip=1.2)}
+    assert_same(engine(model, sampled, components, judge), expected, rtol=1e-5)
+
+
+def test_tokens_that_were_not_sampled_have_ratio_one(model, judge, mixed):
+    packed = pack(mixed)
+    assert packed.behaviour.isnan().any()
+    log_q, log_p = log_probs(model, packed), log_probs(judge, packed).detach()
+    ratio = (chosen(log_q, packed).detach() - packed.behaviour).exp().clamp(max=1.5).nan_to_num(1.0)
+    kl = (log_q.exp() * (log_q - log_p)).sum(-1)
+    weight = torch.tensor([mixed[e].turns[t].weight for e, t in packed.turns])[packed.turn]
+    expected = plain(model, (weight * ratio * kl).sum() / weight.sum())
+    components = {"distill": Component(kind="distill", ratio_clip=1.5)}
+    assert_same(engine(model, mixed, components, judge), expected, rtol=1e-5)
+
+
+def test_unselected_expert_tokens_change_nothing(model, judge, mixed):
+    """Their log-probs are NaN: 0 * NaN would be NaN."""
+    mine = Select(actor=Actor.STUDENT, source="rollout")
+    components = {
+        "distill": Component(kind="distill", ratio_clip=2.0, select=mine),
+        "verifier": Component(kind="policy", select=mine),
+    }
+    alone = engine(model, mixed[:12], components, judge)
+    assert_same(engine(model, mixed, components, judge), alone, rtol=1e-10)
+    policy = engine(model, mixed, {"verifier": Component(kind="policy")})
+    assert math.isfinite(policy[0]) and bool(torch.isfinite(policy[1]).all())
+
+
+def test_coefficients_follow_their_schedule(sampled):
+    packed = pack(sampled)
+    for kind, middle in (("linear", 0.75), ("cosine", 1.0 - 0.5 * (1 - math.cos(math.pi / 4)))):
+        component = Component(kind="ce", coef=Schedule(kind=kind, start=1.0, end=0.0))
+        sums = [
+            float(planned(packed, sampled, {"c": component}, progress=at).coefficients["c"].sum())
+            for at in (0.0, 0.25, 1.0, 2.0)
+        ]
+        assert sums == pytest.approx([1.0, middle, 0.0, 0.0], abs=1e-5)
+
+
+MIX = {
+    "distill": {"kind": "distill", "ratio_clip": 2.0, "select": {"actor": "student"}},
+    "verifier": {"kind": "policy", "coef": 0.3, "select": {"actor": "student", "source": "rollout"}},
+    "correction": {"kind": "ce", "coef": 0.05, "select": {"actor": "teacher", "source": "correction"}},
+}
+
+
+def session(model, **trainer):
+    config = load_config(
+        {
+            "name": "x", "student": {"model": "s"}, "teacher": {"model": "t"}, "environments": [{"id": "e"}],
+            "loss": {"components": MIX}, "trainer": {"micro_batch_tokens": 300} | trainer,
+            "rollout": {"group_size": 4, "temperature": T},
+        }
+    )  # fmt: skip
+    return SimpleNamespace(
+        config=config, model=model, totals={"flops": 0.0}, parameters=list(model.parameters()), step=0
+    )
+
+
+def test_measuring_gradient_shares_changes_no_gradient(model, judge, mixed):
+    mine, packed = session(model), pack(mixed)
+    components = mine.config.loss.components
+    todo = planned(packed, mixed, components, {"verifier": advantages(mixed, "std")})
+    signal = signal_of(judge, packed)
+
+    def measure(shares):
+        model.zero_grad()
+        losses = accumulate(mine, packed, todo, signal, shares=shares)
+        return losses, gradient_of(model)
+
+    plainly, measured = measure(False), measure(True)
+    torch.testing.assert_close(measured[1], plainly[1], rtol=1e-9, atol=1e-12)
+    shares = {key: value for key, value in measured[0].items() if key.startswith("grad_share/")}
+    assert {k: v for k, v in measured[0].items() if k not in shares} == pytest.approx(plainly[0])
+    assert plainly[0]["loss"] == pytest.approx(sum(plainly[0][f"loss/{name}"] for name in MIX))
+    norms = {}
+    for name, component in components.items():  # each component alone
+        alone = dataclasses.replace(
+            todo, components={name: component}, coefficients={name: todo.coefficients[name]}
+        )
+        model.zero_grad()
+        accumulate(mine, packed, alone, signal, shares=False)
+        norms[name] = float(gradient_of(model).norm())
+    assert shares == pytest.approx({f"grad_share/{n}": v / sum(norms.values()) for n, v in norms.items()})
+    assert sum(shares.values()) == pytest.approx(1.0) and min(shares.values()) > 0
+
+
+def test_minibatches_deal_out_every_trajectory_once(model, mixed):
+    packed = pack(mixed)
+    masks = list(minibatches(session(model, updates_per_step=3), packed, mixed))
+    assert torch.stack(masks).sum(0).tolist() == [1] * len(packed.target)
+    owners = [set(packed.episode[mask].tolist()) for mask in masks]
+    assert sum(map(len, owners)) == len(mixed) and max(map(len, owners)) - min(map(len, owners)) <= 2
+    again = list(minibatches(session(model, updates_per_step=3), packed, mixed))
+    assert all(torch.equal(a, b) for a, b in zip(masks, again, strict=True))
