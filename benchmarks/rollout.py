@@ -10,15 +10,14 @@ tokens, and what they feed to the model is counted. Then they are timed in float
 from __future__ import annotations
 
 import json
+import math
 import os
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median, median_low
 from typing import Annotated, Any, ClassVar
 
-import numpy as np
 import rich.box
 import torch
 import typer
@@ -37,7 +36,6 @@ from opd_agents.types import Actor, Task, Trajectory
 TURNS = (4, 8, 16)
 ACTION_TOKENS = 16  # of every action, for the end token is one that does not exist
 ARMS = {"kept": True, "re-prefilled": False}  # what `reuse` is
-RESULTS = Path(__file__).parent / "results"
 
 
 class Recited(envs.AgentEnv):
@@ -88,7 +86,6 @@ class Bench:
         assert build is not None
         fields = build.config | {"max_position_embeddings": 4096}
         self.model = build_model(build.model_type, fields, tokenizer, seed=0)
-        self.parameters = sum(p.numel() for p in self.model.parameters())
 
     def play(self, batch: int, turns: int, reuse: bool) -> list[Trajectory]:
         sampler = TransformersSampler(
@@ -100,12 +97,8 @@ class Bench:
         )  # fmt: skip
 
     def check(self, batch: int, turns: int) -> dict[str, dict[str, float]]:
-        """Tokens of the prompt, prefilled, and fed in all, per episode, of each arm.
-
-        Asserts that both arms give the same tokens, and that the first feeds each token once.
-        """
-        counts, ids = {}, {}
-        fed: list[int] = []  # by each forward pass
+        """Tokens per episode of each arm; asserts that both give the same, and that one feeds each once."""
+        counts, ids, fed = {}, {}, list[int]()  # fed: by each forward pass
         hook = self.model.double().base_model.register_forward_pre_hook(
             lambda module, args, kwargs: fed.append(kwargs["input_ids"].numel()), with_kwargs=True
         )
@@ -113,9 +106,8 @@ class Bench:
             fed.clear()
             played = self.play(batch, turns, reuse)
             ids[arm] = [[turn.action_ids for turn in t.turns] for t in played]
-            decoded = batch * turns * (ACTION_TOKENS - 1)  # an action's last token is fed with what follows
-            tokens = {"prompt": fed[0], "prefilled": sum(fed) - decoded, "fed": sum(fed)}
-            counts[arm] = {kind: number / batch for kind, number in tokens.items()}
+            n, decoded = sum(fed) / batch, turns * (ACTION_TOKENS - 1)  # the last is fed with what follows
+            counts[arm] = {"prompt": fed[0] / batch, "prefilled": n - decoded, "fed": n}
         hook.remove()
         self.model.float()
         assert ids["kept"] == ids["re-prefilled"], "the arms gave different tokens"
@@ -127,12 +119,12 @@ class Bench:
     def seconds(self, batch: int, turns: int, repeats: int) -> dict[str, list[float]]:
         """Of each repeat of each arm, alternating; the arm that begins alternates too."""
         taken: dict[str, list[float]] = {arm: [] for arm in ARMS}
-        for repeat in range(-1, repeats):  # the first, not kept, warms up
-            for arm, reuse in list(ARMS.items())[:: 1 if repeat % 2 else -1]:
+        for repeat in range(repeats + 1):
+            for arm, reuse in list(ARMS.items())[:: -1 if repeat % 2 else 1]:
                 started = time.perf_counter()
                 self.play(batch, turns, reuse)
                 taken[arm].append(time.perf_counter() - started)
-        return {arm: values[1:] for arm, values in taken.items()}
+        return {arm: values[1:] for arm, values in taken.items()}  # the first was for warming up
 
 
 def _episodes(env_id: str, n: int, **options: Any) -> list[Episode]:
@@ -142,10 +134,13 @@ def _episodes(env_id: str, n: int, **options: Any) -> list[Episode]:
 
 def measure(batches: Sequence[int], turns: Sequence[int], repeats: int) -> dict[str, Any]:
     """All cases; asserts that the tokens fed grow linearly with the turns if the cache is kept."""
-    bench, rows = Bench(), []
+    load, bench, rows = os.getloadavg()[0], Bench(), []
     for batch in batches:
         counted = {n: bench.check(batch, n) for n in turns}
-        slopes = {arm: _slope({n: counts[arm] for n, counts in counted.items()}) for arm in ARMS}
+        slopes = {}  # log-log, of the tokens fed after the prompt: 1 linear in the turns, 2 quadratic
+        for arm in ARMS:
+            after = [counted[n][arm]["fed"] - counted[n][arm]["prompt"] for n in turns]
+            slopes[arm] = math.log(after[-1] / after[0]) / math.log(turns[-1] / turns[0])
         assert 0.9 < slopes["kept"] < 1.15 < 1.4 < slopes["re-prefilled"], slopes
         for n in turns:
             taken = bench.seconds(batch, n, repeats)
@@ -155,13 +150,11 @@ def measure(batches: Sequence[int], turns: Sequence[int], repeats: int) -> dict[
                 row = {"batch": batch, "turns": n, "arm": arm, "episodes_per_second": rate, **counted[n][arm]}
                 row |= {"tokens_per_second": rate["median"] * n * ACTION_TOKENS, "slope": slopes[arm]}
                 rows.append(row | ({"speed_up": _spread(speed_ups)} if ARMS[arm] else {}))
-    return {"parameters": bench.parameters, "repeats": repeats, "action_tokens": ACTION_TOKENS, "rows": rows}
-
-
-def _slope(counts: Mapping[int, Mapping[str, float]]) -> float:
-    """Of the tokens fed after the first prompt over the turns on log-log scales: 1 linear, 2 quadratic."""
-    after = [tokens["fed"] - tokens["prompt"] for tokens in counts.values()]
-    return float(np.polyfit(np.log(list(counts)), np.log(after), 1)[0])
+    return {
+        "parameters": bench.model.num_parameters(), "action tokens": ACTION_TOKENS, "repeats": repeats,
+        "torch": torch.__version__, "threads": torch.get_num_threads(), "cores": os.cpu_count(),
+        "load before": round(load, 2), "load after": round(os.getloadavg()[0], 2), "rows": rows,
+    }  # fmt: skip
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
@@ -169,7 +162,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def page(result: Mapping[str, Any]) -> str:
-    """The result as Markdown."""
+    """The table as Markdown."""
     view = Table(box=rich.box.MARKDOWN)
     columns = ("episodes/s", "tokens/s", "speed-up", "prefilled", "fed", "slope")
     for column in ("batch", "turns", "cache", *columns):
@@ -180,16 +173,11 @@ def page(result: Mapping[str, Any]) -> str:
         rates = text.format(**row["episodes_per_second"]), f"{row['tokens_per_second']:.0f}"
         counts = f"{row['prefilled']:.0f}", f"{row['fed']:.0f}", f"{row['slope']:.2f}"
         view.add_row(str(row["batch"]), str(row["turns"]), row["arm"], *rates, speed_up, *counts)
+    facts = ", ".join(f"{key} {value}" for key, value in result.items() if key != "rows")
     console = Console(width=120)
     with console.capture() as captured:
-        console.print("Median (min to max); prefilled and fed: tokens an episode.", _described(result), "\n")
-        console.print(view)
+        console.print(f"Median (min to max). Prefilled and fed: tokens an episode. One run: {facts}.\n", view)
     return "\n".join(line.strip() for line in captured.get().strip().splitlines()) + "\n"
-
-
-def _described(result: Mapping[str, Any]) -> str:
-    facts = {key: value for key, value in result.items() if key != "rows"}
-    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items())
 
 
 def main(
@@ -197,19 +185,18 @@ def main(
     repeats: Annotated[int, typer.Option(min=1, help="Timed rollouts of each arm.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
-    out: Annotated[Path, typer.Option(help="Where rollout.json and rollout.md go.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="Where rollout.json and rollout.md go.")] = Path(
+        "benchmarks/results"
+    ),
 ) -> None:
     """Episodes and tokens per second of rollouts with and without the cache kept, at 4, 8 and 16 turns."""
     torch.set_num_threads(threads)
-    machine = {
-        "processor": platform.machine(), "cores": os.cpu_count(), "threads": threads, "torch": torch.__version__,
-        "load_before": _load(), **measure(batch, TURNS, repeats), "load_after": _load()
-    }
+    result = measure(batch, TURNS, repeats)
+    data, text = json.dumps(result, indent=1) + "\n", page(result)
     out.mkdir(parents=True, exist_ok=True)
-    texts = {"rollout.json": json.dumps(result, indent=1) + "\n", "rollout.md": page(result)}
-    for name, text in texts.items():
-        (out / name).write_text(text, encoding="utf-8")
-    print(texts["rollout.json" if as_json else "rollout.md"], end="")
+    (out / "rollout.json").write_text(data, encoding="utf-8")
+    (out / "rollout.md").write_text(text, encoding="utf-8")
+    print(data if as_json else text, end="")
 
 
 if __name__ == "__main__":

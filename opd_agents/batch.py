@@ -99,10 +99,13 @@ def pack(trajectories: Sequence[Trajectory]) -> Packed:
             for index in range(start, stop):
                 turn = trajectory.turns[index]
                 if not turn.action_ids or not turn.context_ids:
-                    raise AlignmentError(f"{trajectory.uid}, turn {index}: no token ids; roll out with a chat to train.")
+                    raise AlignmentError(
+                        f"{trajectory.uid}, turn {index}: no token ids; roll out with a chat to train."
+                    )
                 if turn.logprobs is not None and len(turn.logprobs) != len(turn.action_ids):
                     raise AlignmentError(
-                        f"{trajectory.uid}, turn {index}: {len(turn.logprobs)} log-probs for {len(turn.action_ids)} ids."
+                        f"{trajectory.uid}, turn {index}: {len(turn.logprobs)} log-probs "
+                        f"for {len(turn.action_ids)} ids."
                     )
                 ids += turn.context_ids
                 count = len(turn.action_ids)

@@ -161,6 +161,7 @@ class TrainerSettings(Section):
     checkpoint_every: int = Field(10, gt=0)
     keep_last: int = Field(2, gt=0)
     tensorboard: bool = True
+    threads: int | None = Field(None, gt=0)  # of torch on the CPU; a tiny model is fastest with one
 
 
 class EvaluationSettings(Section):

@@ -28,7 +28,12 @@ class FrozenTerms:
 
     def extended(self, other: FrozenTerms) -> FrozenTerms:
         """These terms followed by those of further trajectories."""
-        if self.kl is None or other.kl is None or self.teacher_logprob is None or other.teacher_logprob is None:
+        if (
+            self.kl is None
+            or other.kl is None
+            or self.teacher_logprob is None
+            or other.teacher_logprob is None
+        ):
             return FrozenTerms(torch.cat([self.logprob, other.logprob]))
         return FrozenTerms(
             torch.cat([self.logprob, other.logprob]),
@@ -62,14 +67,17 @@ def frozen_terms(
     return FrozenTerms(logprob) if signal is None else FrozenTerms(logprob, kl, teacher_logprob)
 
 
-def check_behaviour(packed: Packed, trajectories: Sequence[Trajectory], frozen: FrozenTerms, version: int, tolerance: float) -> float:
+def check_behaviour(
+    packed: Packed, trajectories: Sequence[Trajectory], frozen: FrozenTerms, version: int, tolerance: float
+) -> float:
     """Largest |re-scored - recorded| log-prob of the student's tokens of policy ``version``.
 
     Raises AlignmentError above ``tolerance``: another temperature, other weights, or misaligned tokens.
     """
     current = torch.tensor(
         [
-            trajectories[e].turns[t].actor is Actor.STUDENT and trajectories[e].turns[t].policy_version == version
+            trajectories[e].turns[t].actor is Actor.STUDENT
+            and trajectories[e].turns[t].policy_version == version
             for e, t in packed.turns
         ]
     )
@@ -80,8 +88,9 @@ def check_behaviour(packed: Packed, trajectories: Sequence[Trajectory], frozen: 
     worst = float(gap.max())
     if not worst <= tolerance:
         raise AlignmentError(
-            f"The trainer re-scores the sampled tokens {worst:.3g} nats away from the sampler's log-probs (tolerance "
-            f"{tolerance:g}; mean {float(gap.mean()):.3g}): the temperature, the weights or the tokens differ."
+            f"The trainer re-scores the sampled tokens {worst:.3g} nats away from the sampler's log-probs "
+            f"(tolerance {tolerance:g}; mean {float(gap.mean()):.3g}): the temperature, the weights or the "
+            "tokens differ."
         )
     return worst
 
@@ -93,7 +102,9 @@ def advantages(trajectories: Sequence[Trajectory], normalise: str) -> Tensor:
     """
     names = {group: number for number, group in enumerate(sorted({t.group for t in trajectories}))}
     counted = [
-        i for i, t in enumerate(trajectories) if t.group and t.branch is None and t.outcome is not Outcome.ERROR
+        i
+        for i, t in enumerate(trajectories)
+        if t.group and t.branch is None and t.outcome is not Outcome.ERROR
     ]
     result = torch.zeros(len(trajectories))
     if counted:
@@ -114,7 +125,9 @@ def assign_credit(
     ``corrections`` (trajectory uid, turn) to the verdict on a repair."""
     count = packed.per_turn(torch.ones(len(packed.target)))
     kl = packed.per_turn(frozen.kl) if frozen and frozen.kl is not None else None
-    teacher = packed.per_turn(frozen.teacher_logprob) if frozen and frozen.teacher_logprob is not None else None
+    teacher = (
+        packed.per_turn(frozen.teacher_logprob) if frozen and frozen.teacher_logprob is not None else None
+    )
     credits: list[list[Credit]] = [[] for _ in trajectories]
     for number, (episode, index) in enumerate(packed.turns):
         trajectory = trajectories[episode]

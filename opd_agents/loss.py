@@ -66,7 +66,9 @@ def plan(
     coefficients = {}
     for name, component in components.items():
         here = torch.where(batch, weights[name], torch.zeros(()))
-        share = token_coefficients(here, packed.turn, packed.episode, component.denominator, component.constant)
+        share = token_coefficients(
+            here, packed.turn, packed.episode, component.denominator, component.constant
+        )
         coefficients[name] = share * value_at(component.coef, progress)
     return Plan(components, coefficients, {name: value[packed.episode] for name, value in advantages.items()})
 

@@ -10,7 +10,7 @@ def build_optimizers(model: nn.Module, kind: str, weight_decay: float) -> list[O
     """Optimizers that together own every trainable parameter once; the learning rate is set each update.
 
     ``muon``: torch.optim.Muon (arXiv 2502.16982; updates scaled to AdamW's RMS, so that one learning rate
-    serves both) on the two-dimensional weights inside the blocks, AdamW on embeddings, head, norms and biases.
+    serves both) on the two-dimensional weights inside the blocks, AdamW on embeddings, head, norms, biases.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = [p for name, p in trainable.items() if kind == "muon" and p.ndim == 2 and not _is_table(name)]

@@ -26,7 +26,7 @@ from opd_agents.teachers.local import LocalTeacher
 from opd_agents.trainer import train
 from opd_agents.types import Trajectory
 
-# Arm of --compare: the experiment that trains it, from the cold start with the FLOPs of the distilled student.
+# Arm of --compare: the experiment that trains it, from the cold start with the distilled student's FLOPs.
 ARMS = {
     "student_sft": "quickstart_sft",
     "student_sft_fresh": "quickstart_sft_fresh",
@@ -51,13 +51,17 @@ def run(output: Path, seed: int, compare: bool) -> Path:
     }
     if compare:
         for name, experiment in ARMS.items():
-            checkpoints[name] = latest_checkpoint(_train_arm(experiment, config, cold, distilled, output / name))
+            checkpoints[name] = latest_checkpoint(
+                _train_arm(experiment, config, cold, distilled, output / name)
+            )
     policies = _evaluate(config, checkpoints, output)
     summary = {"name": config.name, "seconds": round(time.perf_counter() - started, 1), "policies": policies}
     write_whole(output / "summary.json", json.dumps(summary, indent=1) + "\n")
     report = write_report([output])
     console = Console()
-    console.print(table({"suite": "OrderDesk", "policies": [{"policy": n} | row for n, row in policies.items()]}))
+    console.print(
+        table({"suite": "OrderDesk", "policies": [{"policy": n} | row for n, row in policies.items()]})
+    )
     console.print(f"{summary['seconds']:.0f} s in all. Learning curves and episodes turn by turn: {report}")
     return report
 
@@ -85,13 +89,19 @@ def _evaluate(config: RunConfig, checkpoints: Mapping[str, Path], output: Path) 
 def _cost(name: str, checkpoints: Mapping[str, Path]) -> dict[str, Any]:
     """What making a policy cost: its own training and, for a student, the cold start before it."""
     parts = [name] if name in ("expert", "teacher", "student_before") else ["student_before", name]
-    totals = [json.loads((checkpoints[p] / "trainer.json").read_text())["totals"] for p in parts if p in checkpoints]
+    totals = [
+        json.loads((checkpoints[p] / "trainer.json").read_text())["totals"] for p in parts if p in checkpoints
+    ]
     keys = ("generated_tokens", "teacher_tokens", "flops", "seconds")
     return {key: sum(total[key] for total in totals) for key in keys}
 
 
 def _save(
-    output: Path, name: str, trajectories: list[Trajectory], contestant: Contestant, checkpoints: Mapping[str, Path]
+    output: Path,
+    name: str,
+    trajectories: list[Trajectory],
+    contestant: Contestant,
+    checkpoints: Mapping[str, Path],
 ) -> None:
     """Trajectories for the report; those of a student with KL(student || teacher) of every action."""
     credits: list[Any] = [[] for _ in trajectories]
@@ -100,5 +110,7 @@ def _save(
         signal = LocalTeacher(str(checkpoints["teacher"]), contestant.chat).score(packed, 16384)
         frozen = frozen_terms(load_model(str(checkpoints[name]), "float32"), packed, signal, 1.0, 16384)
         credits = assign_credit(packed, trajectories, frozen, {}, {})
-    rows = ({"trajectory": t, "credit": c, "repair": None} for t, c in zip(trajectories, credits, strict=True))
+    rows = (
+        {"trajectory": t, "credit": c, "repair": None} for t, c in zip(trajectories, credits, strict=True)
+    )
     save_trajectories(output, f"eval-{name}", rows)

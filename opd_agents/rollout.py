@@ -89,7 +89,9 @@ class _Worker:
 class _Live:
     """One running episode."""
 
-    def __init__(self, episode: Episode, make: Callable[..., AgentEnv], chat: Chat | None, limits: Limits) -> None:
+    def __init__(
+        self, episode: Episode, make: Callable[..., AgentEnv], chat: Chat | None, limits: Limits
+    ) -> None:
         self.episode, self.chat, self.limits = episode, chat, limits
         self.turns: list[Turn] = []
         self.opening: tuple[Message, ...] = ()
@@ -146,9 +148,14 @@ class _Live:
         self._guard(lambda: self._step(action))
 
     def _step(self, action: Action) -> None:
-        if action.stop_reason is StopReason.LENGTH and len(self.ids) + len(action.ids) >= self.limits.max_context_tokens:
+        if (
+            action.stop_reason is StopReason.LENGTH
+            and len(self.ids) + len(action.ids) >= self.limits.max_context_tokens
+        ):
             action = dataclasses.replace(action, stop_reason=StopReason.CONTEXT)
-        turn, messages, success = execute(self.env, self.chat, action, self.context, not self.turns, self._call)
+        turn, messages, success = execute(
+            self.env, self.chat, action, self.context, not self.turns, self._call
+        )
         self.turns.append(turn)
         self.ids += turn.action_ids
         if turn.terminated or turn.truncated:
@@ -266,6 +273,8 @@ def rollout(
                 results[one.episode.uid] = one.finish(temperature)
                 on_finished(results[one.episode.uid])
         running = [one for one in running if one.outcome is None]
-        for one, action in zip(running, policy.act([one.history() for one in running]) if running else [], strict=True):
+        for one, action in zip(
+            running, policy.act([one.history() for one in running]) if running else [], strict=True
+        ):
             one.step(action)
     return [results[episode.uid] for episode in episodes]

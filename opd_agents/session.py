@@ -1,4 +1,4 @@
-"""What a training stage holds: models, optimizers, environments, totals; loaded from and saved to checkpoints."""
+"""What a training stage holds (models, optimizers, task counts, totals), and its checkpoints."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from opd_agents.policies.models import (
     load_model,
     load_tokenizer,
     save_checkpoint,
-)  # fmt: skip
+)
 from opd_agents.policies.sampler import TransformersSampler
 from opd_agents.rollout import Limits, rollout
 from opd_agents.runs import RunFolder, checkpoints_in, latest_checkpoint
@@ -176,7 +176,9 @@ def load_session(config: RunConfig, folder: RunFolder) -> Session:
     return session
 
 
-def _student(config: RunConfig, checkpoint: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Chat]:
+def _student(
+    config: RunConfig, checkpoint: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Chat]:
     chat = config.chat
     settings: dict[str, Any] = {"template": chat.template, "kwargs": chat.kwargs, "system": chat.system}
     build = config.student.build
@@ -195,10 +197,16 @@ def _fresh_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """A word-level tokenizer read off the scripted expert's episodes of the training split."""
     sizes = split_sizes(config.environments)
     draw = config.model_copy(
-        update={"rollout": config.rollout.model_copy(update={"episodes_per_step": TOKENIZER_EPISODES, "group_size": 1})}
+        update={
+            "rollout": config.rollout.model_copy(
+                update={"episodes_per_step": TOKENIZER_EPISODES, "group_size": 1}
+            )
+        }
     )
     episodes = draw_episodes(draw, 0, sizes)
-    trajectories = rollout(episodes, ExpertPolicy(), make=envs.make, chat=None, limits=Limits(), temperature=1.0)
+    trajectories = rollout(
+        episodes, ExpertPolicy(), make=envs.make, chat=None, limits=Limits(), temperature=1.0
+    )
     texts = [m.content for t in trajectories for m in t.messages if m.role == "user"]
     texts += [text for t in trajectories for turn in t.turns for text in (turn.action, turn.observation)]
     return build_word_tokenizer(texts)
@@ -212,6 +220,6 @@ def check_projection(model: PreTrainedModel, dtype: str) -> None:
         gap = float((ours - model(input_ids=ids).logits.float()).abs().max())
     if gap > (1e-4 if dtype == "float32" else 0.1):
         raise AlignmentError(
-            f"{type(model).__name__}: the head on the last hidden states differs by {gap:.3g} from the model's own "
-            "logits, so token losses would be of another model."
+            f"{type(model).__name__}: the head on the last hidden states differs by {gap:.3g} from the "
+            "model's own logits, so token losses would be of another model."
         )

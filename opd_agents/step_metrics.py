@@ -45,7 +45,8 @@ def step_metrics(
         **losses,
     }
     if frozen is not None and frozen.kl is not None:
-        student = torch.tensor([trajectories[e].turns[t].actor is Actor.STUDENT for e, t in packed.turns])[packed.turn]
+        by_turn = [trajectories[e].turns[t].actor is Actor.STUDENT for e, t in packed.turns]
+        student = torch.tensor(by_turn)[packed.turn]
         row["distill/kl"] = float(frozen.kl[student].mean()) if bool(student.any()) else None
     for values in rewards.values():
         groups = {t.group: False for t in rolled}
@@ -56,7 +57,8 @@ def step_metrics(
         row |= {
             "correction/proposed": len(repairs),
             "correction/accepted": sum(repair.accepted for repair in repairs),
-            "correction/token_share": session.totals["correction_tokens"] / max(1.0, session.totals["generated_tokens"]),
+            "correction/token_share": session.totals["correction_tokens"]
+            / max(1.0, session.totals["generated_tokens"]),
         }
         if repairs:
             row["correction/gain"] = sum(r.success_repair - r.success_student for r in repairs) / len(repairs)

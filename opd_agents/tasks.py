@@ -15,10 +15,10 @@ from opd_agents.types import Task
 
 
 def draw_episodes(config: RunConfig, step: int, sizes: Sequence[int]) -> list[Episode]:
-    """``rollout.episodes_per_step`` episodes in groups of ``group_size``; ``sizes[i]`` tasks in environment i.
+    """``rollout.episodes_per_step`` episodes in groups of ``group_size``; ``sizes``: tasks per environment.
 
-    All episodes of a group share a task; each has its own noise. With ``limit`` the tasks are visited once an
-    epoch, in a new order each time, and an episode's noise is the task's: a fixed data set.
+    All episodes of a group share a task; each has its own noise. With ``limit`` the tasks are visited once
+    an epoch, in a new order each time, and an episode's noise is the task's: a fixed data set.
     """
     rollout, sources = config.rollout, config.environments
     groups = rollout.episodes_per_step // rollout.group_size
@@ -37,10 +37,14 @@ def draw_episodes(config: RunConfig, step: int, sizes: Sequence[int]) -> list[Ep
             number = group * rollout.group_size + sample
             episodes.append(
                 Episode(
-                    uid=f"{step:06d}-{number:04d}", env_id=source.id, env_kwargs=source.options, seed=int(noise),
-                    task=Task(str(index), source.split), stream=(config.seed, step, number),
+                    uid=f"{step:06d}-{number:04d}",
+                    env_id=source.id,
+                    env_kwargs=source.options,
+                    seed=int(noise),
+                    task=Task(str(index), source.split),
+                    stream=(config.seed, step, number),
                     group=f"{step:06d}-g{group:04d}" if rollout.group_size > 1 else "",
-                )  # fmt: skip
+                )
             )
     return episodes
 
@@ -52,16 +56,21 @@ def split_sizes(sources: Sequence[EnvironmentSource]) -> list[int]:
         env = envs.make(source.id, **source.options)
         try:
             if source.split not in env.split_sizes:
-                raise UnknownName(f"split of {source.id}", source.split, env.split_sizes, f"opd-agents envs {source.id}")
+                raise UnknownName(
+                    f"split of {source.id}", source.split, env.split_sizes, f"opd-agents envs {source.id}"
+                )
             size = env.split_sizes[source.split]
         finally:
             env.close()
         if source.limit and source.limit > size:
-            raise ConfigError(f"{source.id}: limit is {source.limit}, but split {source.split!r} has only {size} tasks.")
+            raise ConfigError(
+                f"{source.id}: limit is {source.limit}, but split {source.split!r} has only {size} tasks."
+            )
         sizes.append(source.limit or size)
     return sizes
 
 
 @lru_cache(maxsize=64)
 def _order(seed: int, which: int, size: int, epoch: int) -> np.ndarray:
-    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, which, size, 2**62])).permutation(size)
+    random = np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, which, size, 2**62]))
+    return random.permutation(size)

@@ -78,7 +78,11 @@ def _train_stage(config: RunConfig, resume: bool) -> Path:
     session = load_session(config, folder)
     folder.truncate(session.step)
     trainer, limit = config.trainer, config.trainer.flops
-    with StopSignal() as stop, progress_bar(config, session.step) as bar, _tensorboard(config, session.step) as board:
+    with (
+        StopSignal() as stop,
+        progress_bar(config, session.step) as bar,
+        _tensorboard(config, session.step) as board,
+    ):
         if config.evaluation and config.evaluation.at_start and session.step == 0:
             session.evaluation = evaluate_session(session)
         while session.step < trainer.steps and (limit is None or session.totals["flops"] < limit):
@@ -159,15 +163,19 @@ def train_step(session: Session) -> dict[str, Any]:
 def score(
     session: Session, packed: Packed, trajectories: Sequence[Trajectory]
 ) -> tuple[HiddenStates | None, FrozenTerms | None]:
-    """The teacher's signal and the frozen token terms, once per trajectory; checks the sampler against the trainer."""
+    """The teacher's signal and the frozen token terms, once per trajectory; the sampler is checked."""
     config = session.config
     tokens = config.trainer.micro_batch_tokens
     signal = session.teacher.score(packed, tokens) if session.teacher and session.needs_signal else None
-    sampled = any(turn.logprobs is not None and turn.actor is Actor.STUDENT for t in trajectories for turn in t.turns)
+    sampled = any(
+        turn.logprobs is not None and turn.actor is Actor.STUDENT for t in trajectories for turn in t.turns
+    )
     if signal is None and not sampled:
         return None, None
     frozen = frozen_terms(session.model, packed, signal, config.rollout.temperature, tokens)
-    session.totals["flops"] += forward_flops(session.model, packed.n_tokens, packed.n_tokens / len(packed.rows) / 2)
+    session.totals["flops"] += forward_flops(
+        session.model, packed.n_tokens, packed.n_tokens / len(packed.rows) / 2
+    )
     tolerance = 1e-3 if config.student.dtype == "float32" else 0.2
     check_behaviour(packed, trajectories, frozen, session.step, tolerance)
     return signal, frozen
@@ -182,7 +190,9 @@ def session_repairs(
         return []
     rolled_out = session.totals["generated_tokens"] - session.totals["correction_tokens"]
     rolled_out += sum(t.n_action_tokens for t in trajectories)
-    allowed = settings.token_share / (1 - settings.token_share) * rolled_out - session.totals["correction_tokens"]
+    allowed = (
+        settings.token_share / (1 - settings.token_share) * rolled_out - session.totals["correction_tokens"]
+    )
     return correct(
         trajectories, packed, frozen.teacher_logprob, settings,
         stream=(session.config.seed, session.step), token_budget=allowed, student=session.student_sampler,
@@ -216,7 +226,9 @@ def update(
     return {key: float(np.mean(values)) for key, values in measured.items()}
 
 
-def minibatches(session: Session, packed: Packed, trajectories: Sequence[Trajectory]) -> Iterator[torch.Tensor]:
+def minibatches(
+    session: Session, packed: Packed, trajectories: Sequence[Trajectory]
+) -> Iterator[torch.Tensor]:
     """Token masks that deal out the trajectories, and separately the repaired ones, evenly and at random."""
     updates, config = session.config.trainer.updates_per_step, session.config
     random = np.random.Generator(np.random.Philox(key=[config.seed, session.step], counter=[0, 0, 2, 2**63]))

@@ -10,7 +10,14 @@ from opd_agents.batch import Packed
 from opd_agents.chat import Chat
 from opd_agents.errors import ConfigError
 from opd_agents.policies.base import Action, History
-from opd_agents.policies.models import forward_flops, head, hidden_states, load_chat, load_model, load_tokenizer
+from opd_agents.policies.models import (
+    forward_flops,
+    head,
+    hidden_states,
+    load_chat,
+    load_model,
+    load_tokenizer,
+)
 from opd_agents.policies.sampler import TransformersSampler
 from opd_agents.teachers.base import HiddenStates
 from opd_agents.types import Actor
@@ -20,18 +27,22 @@ class LocalTeacher:
     """A frozen model that shares the student's vocabulary and template (checked by fingerprint)."""
 
     def __init__(self, path: str, chat: Chat, *, dtype: str = "float32", temperature: float = 1.0) -> None:
-        """Raises CheckpointError for an unreadable checkpoint, ConfigError where ``path`` speaks another chat."""
+        """Raises CheckpointError for an unreadable checkpoint, ConfigError for one of another chat."""
         settings = {"kwargs": chat.kwargs, "system": chat.system}
         own = load_chat(path, load_tokenizer(path), settings)
         if own.fingerprint != chat.fingerprint:
             raise ConfigError(
-                f"The teacher {path} has another vocabulary or chat template than the student, so it cannot score "
-                "the student's tokens. Use a teacher with the student's tokenizer, or build the student with "
-                "`student.build.tokenizer` set to the teacher's folder."
+                f"The teacher {path} has another vocabulary or chat template than the student, so it cannot "
+                "score the student's tokens. Use a teacher with the student's tokenizer, or build the "
+                "student with `student.build.tokenizer` set to the teacher's folder."
             )
         self.model = load_model(path, dtype).requires_grad_(False)
-        self.sampler = TransformersSampler(self.model, chat.end_ids, actor=Actor.TEACHER, temperature=temperature)
-        self.greedy = TransformersSampler(self.model, chat.end_ids, actor=Actor.TEACHER, temperature=0.0, reuse=False)
+        self.sampler = TransformersSampler(
+            self.model, chat.end_ids, actor=Actor.TEACHER, temperature=temperature
+        )
+        self.greedy = TransformersSampler(
+            self.model, chat.end_ids, actor=Actor.TEACHER, temperature=0.0, reuse=False
+        )
         self.scored_tokens = 0
         self._scoring_flops = 0
 

@@ -66,7 +66,7 @@ def correct(
     limits: Limits,
     temperature: float,
 ) -> list[Repair]:
-    """Repairs of up to ``settings.episodes_per_step`` failed episodes within ``token_budget`` generated tokens.
+    """Repairs of up to ``settings.episodes_per_step`` failed episodes in ``token_budget`` generated tokens.
 
     ``teacher_logprob`` [N] belongs to ``packed``; ``stream`` is (seed, step). No-op repairs are refused.
     """
@@ -111,12 +111,18 @@ def _expected_tokens(parent: Trajectory, turn: int, trials: int) -> int:
 
 
 def _propose(
-    chosen: Sequence[tuple[Trajectory, int]], teacher: Policy, make: Callable[..., AgentEnv], chat: Chat, limits: Limits
+    chosen: Sequence[tuple[Trajectory, int]],
+    teacher: Policy,
+    make: Callable[..., AgentEnv],
+    chat: Chat,
+    limits: Limits,
 ) -> list[_Proposal]:
     """Restore each state, let the teacher act in it, and drop repairs that would change nothing."""
     restored = [(parent, turn, restore(parent, turn, make)) for parent, turn in chosen]
     histories = [
-        History(parent.uid, (0, 0, 0), _ids_before(parent, turn), parent.messages, limits.max_tokens_per_turn, env)
+        History(
+            parent.uid, (0, 0, 0), _ids_before(parent, turn), parent.messages, limits.max_tokens_per_turn, env
+        )
         for parent, turn, env in restored
     ]
     proposals = []
@@ -137,7 +143,9 @@ def restore(parent: Trajectory, turn: int, make: Callable[..., AgentEnv]) -> Age
     env = make(parent.env_id, **parent.env_kwargs)
     env.reset(seed=parent.seed, options={"task_id": parent.task.id, "split": parent.task.split})
     if env.state_digest() != parent.turns[0].state_digest:
-        raise ReplayDivergence(f"{parent.uid}: resetting {parent.env_id} to {parent.task} gave another state than before.")
+        raise ReplayDivergence(
+            f"{parent.uid}: resetting {parent.env_id} to {parent.task} gave another state than before."
+        )
     actions = [t.action for t in parent.turns[:turn]]
     env.replay(actions, [t.state_digest for t in parent.turns[1 : turn + 1]])
     return env
@@ -159,14 +167,21 @@ def _branch_episode(
     old = parent.turns[turn]
     action = proposal.teacher
     if arm == "student":
-        action = Action(old.actor, old.stop_reason, old.action_ids, old.logprobs, policy_version=old.policy_version)
+        action = Action(
+            old.actor, old.stop_reason, old.action_ids, old.logprobs, policy_version=old.policy_version
+        )
     taken, messages, success = execute(env, chat, action, old.context_ids, old.starts_segment)
     inherited = tuple(dataclasses.replace(t, weight=0.0) for t in parent.turns[:turn])
     start = Start(env, Branch(parent.uid, turn), (*inherited, taken), parent.messages, messages, success)
     return Episode(
-        uid=f"{parent.uid}-{arm}{trial}", env_id=parent.env_id, seed=seed, task=Task(parent.task.id, parent.task.split),
-        stream=(*stream, FIRST_BRANCH + place), env_kwargs=parent.env_kwargs, start=start,
-    )  # fmt: skip
+        uid=f"{parent.uid}-{arm}{trial}",
+        env_id=parent.env_id,
+        env_kwargs=parent.env_kwargs,
+        seed=seed,
+        task=Task(parent.task.id, parent.task.split),
+        stream=(*stream, FIRST_BRANCH + place),
+        start=start,
+    )
 
 
 def _judge(
@@ -177,12 +192,18 @@ def _judge(
     success_student = sum(t.success for t in original) / len(original)
     accepted = success_repair - success_student >= min_gain
     # the student arm repeats an action that is paid already; the teacher's is counted once
-    generated = sum(_new_tokens(t.turns[turn + 1 :]) for t in (*repaired, *original)) + len(proposal.teacher.ids)
+    resumed = sum(_new_tokens(t.turns[turn + 1 :]) for t in (*repaired, *original))
     return Repair(
-        parent=proposal.parent, turn=turn, teacher_action=repaired[0].turns[turn].action, trials=len(repaired),
-        success_student=success_student, success_repair=success_repair, accepted=accepted, tokens=generated,
+        parent=proposal.parent,
+        turn=turn,
+        teacher_action=repaired[0].turns[turn].action,
+        trials=len(repaired),
+        success_student=success_student,
+        success_repair=success_repair,
+        accepted=accepted,
         branch=next(t for t in repaired if t.success) if accepted else None,
-    )  # fmt: skip
+        tokens=resumed + len(proposal.teacher.ids),
+    )
 
 
 def _new_tokens(turns: Sequence[Turn]) -> int:

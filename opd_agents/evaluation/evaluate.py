@@ -68,17 +68,27 @@ def run_suite(
     episodes = suite.episodes(split, limit, seed)
     results = []
     for policy, temperature in ((contestant.sampled, suite.temperature), (contestant.greedy, 0.0)):
-        results.append(
-            rollout(
-                episodes, policy, make=envs.make, chat=contestant.chat, limits=suite.rollout_limits(),
-                temperature=temperature, on_finished=on_finished,
-            )  # fmt: skip
+        finished = rollout(
+            episodes,
+            policy,
+            make=envs.make,
+            chat=contestant.chat,
+            limits=suite.rollout_limits(),
+            temperature=temperature,
+            on_finished=on_finished,
         )
+        results.append(finished)
     return results[0], results[1]
 
 
 def evaluate(
-    suite: str, policies: Sequence[str], *, limit: int | None = None, out: str | Path | None = None, split: str = "test", seed: int = 0
+    suite: str,
+    policies: Sequence[str],
+    *,
+    limit: int | None = None,
+    out: str | Path | None = None,
+    split: str = "test",
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Evaluate ``policies`` on the test tasks of a suite; the command line's ``evaluate``.
 
@@ -104,9 +114,15 @@ def evaluate(
 
 
 def play(
-    env_id: str, policy: str, *, episodes: int = 1, seed: int = 0, split: str = "train", watch: Callable[[Trajectory], None] | None = None
+    env_id: str,
+    policy: str,
+    *,
+    episodes: int = 1,
+    seed: int = 0,
+    split: str = "train",
+    watch: Callable[[Trajectory], None] | None = None,
 ) -> list[Trajectory]:
-    """Roll out ``policy`` in one environment, tasks 0, 1, ... of ``split``; ``watch`` sees each as it ends."""
+    """Roll out ``policy`` on tasks 0, 1, ... of an environment's split; ``watch`` sees each as it ends."""
     contestant = load_contestant(policy, temperature=1.0)
     requests = [
         Episode(uid=str(i), env_id=env_id, seed=seed + i, task=Task(str(i), split), stream=(seed, 2**61, i))
@@ -114,6 +130,11 @@ def play(
     ]
     envs.make(env_id).close()  # an unknown environment is the user's mistake, not a failed episode
     return rollout(
-        requests, contestant.sampled, make=envs.make, chat=contestant.chat, limits=Limits(), temperature=1.0,
+        requests,
+        contestant.sampled,
+        make=envs.make,
+        chat=contestant.chat,
+        limits=Limits(),
+        temperature=1.0,
         on_finished=watch or (lambda trajectory: None),
-    )  # fmt: skip
+    )

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+COSTS = ("generated_tokens", "teacher_tokens", "flops", "seconds")  # spent on making a policy
+
+
 def wilson(successes: int, episodes: int) -> list[float]:
     """95 % Wilson score interval of a success rate."""
     from scipy.stats import binomtest
@@ -20,7 +23,7 @@ def wilson(successes: int, episodes: int) -> list[float]:
 
 
 def summarise(sampled: Sequence[Trajectory], greedy: Sequence[Trajectory]) -> dict[str, Any]:
-    """``success`` and ``turns``, ``invalid_calls``, ``tokens_per_episode`` (means) are of the sampled episodes;
+    """``success``, ``turns``, ``invalid_calls`` and ``tokens_per_episode`` are means of the sampled episodes;
     an episode that failed by an error counts as no success and in ``errors``."""
     n = len(sampled)
     wins, greedy_wins = sum(t.success for t in sampled), sum(t.success for t in greedy)
@@ -43,16 +46,30 @@ def invalid_calls(trajectory: Trajectory) -> int:
 
 
 def table(result: Mapping[str, Any]) -> Table:
-    """A rich table of an evaluation's policies."""
+    """A rich table of an evaluation's policies; with what they cost to make, where that is known."""
     from rich.table import Table
 
+    rows = result["policies"]
     view = Table(title=f"{result['suite']}: success with 95 % Wilson intervals")
-    for column in ("policy", "success", "interval", "greedy", "turns", "invalid calls", "errors", "episodes"):
-        view.add_column(column, justify="left" if column == "policy" else "right")
-    for row in result["policies"]:
+    view.add_column("policy", no_wrap=True)
+    for column in ("sampled", "interval", "greedy", "turns", "invalid"):
+        view.add_column(column, justify="right", no_wrap=True)
+    costs = [name for name in COSTS if name in rows[0]]
+    for name in costs:
+        view.add_column(name.replace("_", " ").replace("generated ", ""), justify="right")
+    for row in rows:
         low, high = row["interval"]
         view.add_row(
-            row["policy"], f"{row['success']:.1%}", f"{low:.1%} to {high:.1%}", f"{row['success_greedy']:.1%}",
-            f"{row['turns']:.1f}", f"{row['invalid_calls']:.2f}", str(row["errors"]), str(row["episodes"]),
+            row["policy"] + (f" ({row['errors']} errors)" if row["errors"] else ""), f"{row['success']:.1%}",
+            f"{100 * low:.0f}-{100 * high:.0f}%", f"{row['success_greedy']:.1%}", f"{row['turns']:.1f}",
+            f"{row['invalid_calls']:.2f}", *(_short(row[name]) for name in costs),
         )  # fmt: skip
     return view
+
+
+def _short(value: float) -> str:
+    """Three digits with a unit: 412k, 1.46T."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"

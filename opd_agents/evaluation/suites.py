@@ -21,7 +21,7 @@ SUITES = importlib.resources.files("opd_agents.configs.suites")
 class SuiteEnvironment(Section):
     id: str
     tasks: int = Field(100, gt=0)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
 class SuiteLimits(Section):
@@ -47,16 +47,21 @@ class Suite(Section):
 
         Raises UnknownName for an environment or split that does not exist.
         """
-        sizes = split_sizes([EnvironmentSource(id=e.id, split=split, options=e.options) for e in self.environments])
+        sizes = split_sizes(
+            [EnvironmentSource(id=e.id, split=split, options=e.options) for e in self.environments]
+        )
         counts = [min(source.tasks, size) for source, size in zip(self.environments, sizes, strict=True)]
-        chosen = sorted((index, place) for place, count in enumerate(counts) for index in range(count))[:limit]
+        chosen = sorted((index, place) for place, count in enumerate(counts) for index in range(count))
         return [
             Episode(
-                uid=f"{self.environments[place].id}:{split}:{index}:{place}", env_id=self.environments[place].id,
-                env_kwargs=self.environments[place].options, seed=seed * 1_000_003 + number,
-                task=Task(str(index), split), stream=(seed, 2**62, number),
-            )  # fmt: skip
-            for number, (index, place) in enumerate(chosen)
+                uid=f"{self.environments[place].id}:{split}:{index}:{place}",
+                env_id=self.environments[place].id,
+                env_kwargs=self.environments[place].options,
+                seed=seed * 1_000_003 + number,
+                task=Task(str(index), split),
+                stream=(seed, 2**62, number),
+            )
+            for number, (index, place) in enumerate(chosen[:limit])
         ]
 
 
@@ -67,7 +72,9 @@ def load_suite(name: str) -> Suite:
         if not path.is_file():
             raise ConfigError(f"No suite file {name}.")
         return _read(path)
-    shipped = {e.name.removesuffix(".yaml"): Path(str(e)) for e in SUITES.iterdir() if e.name.endswith(".yaml")}
+    shipped = {
+        e.name.removesuffix(".yaml"): Path(str(e)) for e in SUITES.iterdir() if e.name.endswith(".yaml")
+    }
     if name in shipped:
         return _read(shipped[name])
     if "/" in name:

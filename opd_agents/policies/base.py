@@ -33,7 +33,9 @@ class History:
         """Counter-based uniforms of this episode from this token position on (Philox), a stream a purpose."""
         seed, step, episode = self.stream
         return np.random.Generator(
-            np.random.Philox(key=[seed, step], counter=[0, len(self.ids), len(self.messages) + 2**32 * purpose, episode])
+            np.random.Philox(
+                key=[seed, step], counter=[0, len(self.ids), len(self.messages) + 2**32 * purpose, episode]
+            )
         )
 
 
@@ -59,7 +61,8 @@ class ExpertPolicy:
 
     def act(self, histories: Sequence[History]) -> list[Action]:
         return [
-            Action(Actor.EXPERT, StopReason.NOT_SAMPLED, text=history.env.expert_action()) for history in histories
+            Action(Actor.EXPERT, StopReason.NOT_SAMPLED, text=history.env.expert_action())
+            for history in histories
         ]
 
 
@@ -67,7 +70,9 @@ class RandomPolicy:
     """A uniformly drawn tool with arguments drawn from its JSON schema: the floor of every table."""
 
     def act(self, histories: Sequence[History]) -> list[Action]:
-        return [Action(Actor.RANDOM, StopReason.NOT_SAMPLED, text=self._call(history)) for history in histories]
+        return [
+            Action(Actor.RANDOM, StopReason.NOT_SAMPLED, text=self._call(history)) for history in histories
+        ]
 
     def _call(self, history: History) -> str:
         random = history.random()

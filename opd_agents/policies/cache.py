@@ -16,7 +16,9 @@ class GrowingLayer(DynamicLayer):
     keys: Tensor
     values: Tensor
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self._buffers = [key_states[:, :, :0], value_states[:, :, :0]]
@@ -25,7 +27,9 @@ class GrowingLayer(DynamicLayer):
         for index, states in enumerate((key_states, value_states)):
             if self._buffers[index].shape[-2] < stop:
                 old = self._buffers[index]
-                self._buffers[index] = torch.empty(*states.shape[:2], 2 * stop, states.shape[-1], dtype=states.dtype)
+                self._buffers[index] = torch.empty(
+                    *states.shape[:2], 2 * stop, states.shape[-1], dtype=states.dtype
+                )
                 self._buffers[index][:, :, :length] = old[:, :, :length]
             self._buffers[index][:, :, length:stop] = states
         self.keys, self.values = (buffer[:, :, :stop] for buffer in self._buffers)

@@ -12,9 +12,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from opd_agents.chat import Chat
 from opd_agents.errors import CheckpointError
+
+transformers_logging.disable_progress_bar()  # one bar a file would bury the run's own
 
 CHAT_FILE = "opd_agents_chat.json"  # the chat settings that a checkpoint was trained with
 
@@ -35,7 +38,9 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"Cannot load a tokenizer from {path!r}: {_first_line(error)}") from None
 
 
-def build_model(model_type: str, fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+def build_model(
+    model_type: str, fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int
+) -> PreTrainedModel:
     """A randomly initialised model with the tokenizer's vocabulary."""
     config = AutoConfig.for_model(
         model_type,
@@ -51,7 +56,9 @@ def build_model(model_type: str, fields: Mapping[str, Any], tokenizer: PreTraine
     return model.eval()
 
 
-def load_chat(path: str, tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any] | None = None) -> Chat:
+def load_chat(
+    path: str, tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any] | None = None
+) -> Chat:
     """The chat of a checkpoint: ``settings`` (template, kwargs, system) or those it was saved with."""
     saved = Path(path) / CHAT_FILE
     if settings is None:
@@ -59,7 +66,9 @@ def load_chat(path: str, tokenizer: PreTrainedTokenizerBase, settings: Mapping[s
     return Chat(tokenizer, **settings)
 
 
-def save_checkpoint(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]) -> None:
+def save_checkpoint(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]
+) -> None:
     """Hugging Face layout (config, safetensors, tokenizer) plus the chat settings."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -91,11 +100,13 @@ def forward_flops(model: PreTrainedModel, tokens: int, context: float) -> int:
     """FLOPs of a forward pass over ``tokens`` tokens whose mean context is ``context`` tokens.
 
     2 per weight used in a matrix product (all matrices; the embedding table only as the head) plus
-    4 * layers * width * context per token for attention. A backward pass counts twice this. A whole number, so
-    that sums are exact and do not depend on where a run was resumed.
+    4 * layers * width * context per token for attention. A backward pass counts twice this. A whole number,
+    so that sums are exact and do not depend on where a run was resumed.
     """
     config = model.config
-    matrices = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in name)
+    matrices = sum(
+        p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in name
+    )
     if config.tie_word_embeddings:
         matrices += _embeddings(model).numel()
     attention = 4 * config.num_hidden_layers * config.hidden_size * context

@@ -38,7 +38,13 @@ class TransformersSampler:
     """
 
     def __init__(
-        self, model: PreTrainedModel, end_ids: frozenset[int], *, actor: Actor, temperature: float, reuse: bool = True
+        self,
+        model: PreTrainedModel,
+        end_ids: frozenset[int],
+        *,
+        actor: Actor,
+        temperature: float,
+        reuse: bool = True,
     ) -> None:
         self.model, self.actor, self.temperature, self.reuse = model, actor, temperature, reuse
         self.policy_version = 0
@@ -59,9 +65,14 @@ class TransformersSampler:
         new = [history.ids[len(ids) :] for history, ids in zip(histories, cached.ids, strict=True)]
         logits, valid = self._prefill(cached, new)
         tokens, logprobs, valid = self._decode(cached.store, histories, logits, valid)
-        actions = [self._action(row, history) for row, history in zip(zip(tokens, logprobs, strict=True), histories, strict=True)]
+        actions = [
+            self._action(row, history)
+            for row, history in zip(zip(tokens, logprobs, strict=True), histories, strict=True)
+        ]
         fed = tuple(h.ids + a.ids[:-1] for h, a in zip(histories, actions, strict=True))
-        self._cached = _Cached(tuple(h.uid for h in histories), fed, valid, cached.store) if self.reuse else None
+        self._cached = (
+            _Cached(tuple(h.uid for h in histories), fed, valid, cached.store) if self.reuse else None
+        )
         self._count(new, actions, histories)
         return actions
 
@@ -104,7 +115,9 @@ class TransformersSampler:
         # [B, 1, width, L]: every valid old slot, and the new ones up to the query
         past = cached.valid[:, None, :].expand(-1, width, -1)
         causal = torch.tril(torch.ones(width, width, dtype=torch.bool))[None].expand(len(new), -1, -1)
-        hidden = self._forward(ids, start + torch.arange(width)[None], torch.cat([past, causal], 2)[:, None], cached.store)
+        hidden = self._forward(
+            ids, start + torch.arange(width)[None], torch.cat([past, causal], 2)[:, None], cached.store
+        )
         last = hidden[torch.arange(len(new)), lengths - 1]
         return head(self.model)(last), valid
 
@@ -137,8 +150,9 @@ class TransformersSampler:
             logits = head(self.model)(hidden[:, -1])
             positions = positions + alive
         ids, values = torch.stack(sampled, 1).tolist(), torch.stack(scores, 1).tolist()
-        kept = lengths.tolist()
-        return [row[:n] for row, n in zip(ids, kept, strict=True)], [row[:n] for row, n in zip(values, kept, strict=True)], valid
+        ids = [row[:n] for row, n in zip(ids, lengths.tolist(), strict=True)]
+        values = [row[:n] for row, n in zip(values, lengths.tolist(), strict=True)]
+        return ids, values, valid
 
     def _draw(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [B] and their log-probs [B]; inverse CDF in float64."""
@@ -159,9 +173,12 @@ class TransformersSampler:
             policy_version=self.policy_version,
         )  # fmt: skip
 
-    def _count(self, new: Sequence[tuple[int, ...]], actions: Sequence[Action], histories: Sequence[History]) -> None:
+    def _count(
+        self, new: Sequence[tuple[int, ...]], actions: Sequence[Action], histories: Sequence[History]
+    ) -> None:
         sampled = sum(len(action.ids) for action in actions)
         context = sum(len(history.ids) for history in histories) / len(histories)
         self.generated_tokens += sampled
-        fed = sum(map(len, new)) + sampled - len(actions)  # an action's last token is fed with what follows it
+        # an action's last token is fed with what follows it
+        fed = sum(map(len, new)) + sampled - len(actions)
         self.flops += forward_flops(self.model, fed, context)
