@@ -185,7 +185,7 @@ def main(
     try:
         sweep, cells = load_sweep(file)
     except UserError as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}")
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")
         raise typer.Exit(2) from error
     if jobs > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))

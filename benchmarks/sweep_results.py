@@ -37,7 +37,11 @@ def measured(folder: Path) -> dict[str, float]:
 
 
 def write(folder: Path, name: str, metrics: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Table:
-    """results.json, .csv and .svg in ``folder``; returns the table of labels x metrics."""
+    """results.json, .csv and .svg in ``folder``; returns the table of labels x metrics.
+
+    Whether a cell was done now or skipped, as done before, makes no difference to the files.
+    """
+    rows = [{**row, "status": "failed" if row["status"] == "failed" else "done"} for row in rows]
     labels: dict[str, dict[str, Any]] = {}
     view = Table(title=f"{name}: mean and 95 % t-interval over seeds")
     for column in ("run", "cells", *metrics):
@@ -95,6 +99,7 @@ def _csv(metrics: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
 def plot(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     """SVG of success over the FLOPs of all stages, for each label the mean over seeds and its interval: in
     validation where all finished cells were validated, else of the rollouts."""
+    import matplotlib
     from matplotlib.figure import Figure
 
     runs: dict[str, list[Run]] = {}
@@ -116,7 +121,8 @@ def plot(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     if runs:
         axes.legend(frameon=False)
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": "sweep"}):  # the same results, the same file
+        figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()
 
 

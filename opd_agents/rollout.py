@@ -26,7 +26,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """An episode to be rolled out. With ``start`` it continues a live environment after ``start.turns``."""
+    """An episode to be rolled out. With ``start`` it branches off a live environment."""
 
     uid: str
     env_id: str
@@ -40,14 +40,14 @@ class Episode:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A branch point: ``env`` stands after ``turns`` (inherited, weight 0, and the repaired action)."""
+    """A branch point: ``env`` stands after ``turns`` (inherited, weight 0) and takes ``action`` first."""
 
     env: AgentEnv
     branch: Branch
     turns: tuple[Turn, ...]
     opening: tuple[Message, ...]
-    messages: tuple[Message, ...]  # of the last observation, not yet in the token history
-    success: bool  # the verifier's word, if the last turn ended the episode
+    context_ids: tuple[int, ...]  # between the inherited turns and the action
+    action: Action
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +118,9 @@ class _Live:
 
     def _continue(self, start: Start) -> None:
         self.env, self.turns, self.opening = start.env, list(start.turns), start.opening
-        last = self.turns[-1]
-        if self.chat:
-            self.ids = tuple(i for turn in self.turns for i in (*turn.context_ids, *turn.action_ids))
-            self._append(self.chat.suffix_ids(start.messages, ended=_ended(last.stop_reason)))
-        if last.terminated or last.truncated:
-            self.outcome = _outcome(last, start.success)
+        self.ids = tuple(i for turn in self.turns for i in (*turn.context_ids, *turn.action_ids))
+        self._append(start.context_ids)
+        self._step(start.action)
 
     def _append(self, ids: tuple[int, ...]) -> None:
         self.context = ids

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from opd_agents import envs
 from opd_agents.chat import Chat, build_word_tokenizer
 from opd_agents.config import ChatSettings, EnvironmentSource, RunConfig
-from opd_agents.correction import Repair
 from opd_agents.errors import AlignmentError
 from opd_agents.evaluation import load_suite
 from opd_agents.optimizers import build_optimizers, set_learning_rate
@@ -57,7 +55,8 @@ class Session:
     step: int = 0
     updates: int = 0
     totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TOTALS, 0))
-    evaluation: dict[str, Any] | None = None
+    evaluation_at_start: dict[str, Any] | None = None
+    evaluation: dict[str, Any] | None = None  # the newest
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -99,11 +98,13 @@ class Session:
             optimizer.zero_grad(set_to_none=True)
         self.updates += 1
 
-    def count(self, *, generated: int, repairs: Sequence[Repair]) -> None:
-        """Add a step's tokens and FLOPs to the totals (those of updates are added where they are spent)."""
-        spent = sum(repair.tokens for repair in repairs)
-        self.totals["generated_tokens"] += generated + spent
-        self.totals["correction_tokens"] += spent
+    def advance(self, generated_tokens: int, correction_tokens: int) -> None:
+        """To the next step, with a new policy version; adds the step's tokens and FLOPs to the totals (those
+        of scoring and updates were added where they were spent)."""
+        self.step += 1
+        self.student_sampler.reset(self.step)
+        self.totals["generated_tokens"] += generated_tokens + correction_tokens
+        self.totals["correction_tokens"] += correction_tokens
         counted = {"teacher_tokens": 0, "flops": self.student_sampler.flops}
         if self.teacher is not None:
             counted = {"teacher_tokens": self.teacher.tokens, "flops": counted["flops"] + self.teacher.flops}
@@ -122,17 +123,18 @@ class Session:
     def save(self, folder: Path) -> None:
         """A Hugging Face checkpoint plus what a resume needs."""
         settings = {"kwargs": self.chat.kwargs, "system": self.chat.system}
+        self.tokenizer.chat_template = self.chat.template  # also when the config gave another one
         save_checkpoint(folder, self.model, self.tokenizer, settings)
         with (folder / "optimizer.pt").open("wb") as file:  # a file, so that a full disk is told as one
             torch.save([optimizer.state_dict() for optimizer in self.optimizers], file)
         counts = {"step": self.step, "updates": self.updates, "totals": self.totals}
-        state = counts | {"evaluation": self.evaluation}
+        state = counts | {"evaluation_at_start": self.evaluation_at_start, "evaluation": self.evaluation}
         (folder / "trainer.json").write_text(json.dumps(state), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
         state = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
         self.step, self.updates, self.totals = state["step"], state["updates"], state["totals"]
-        self.evaluation = state["evaluation"]
+        self.evaluation_at_start, self.evaluation = state["evaluation_at_start"], state["evaluation"]
         self.student_sampler.policy_version = self.step
         for optimizer, saved in zip(self.optimizers, torch.load(folder / "optimizer.pt"), strict=True):
             optimizer.load_state_dict(saved)

@@ -8,27 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_agents.batch import Packed
 from opd_agents.correction import Repair
-from opd_agents.credit import FrozenTerms
 from opd_agents.evaluation.metrics import invalid_calls
+from opd_agents.experience import Experience
 from opd_agents.session import Session
-from opd_agents.types import Actor, Outcome, Trajectory
+from opd_agents.types import Actor, Credit, Outcome, Trajectory
 
 
 def step_metrics(
     session: Session,
-    trajectories: Sequence[Trajectory],
-    packed: Packed,
-    frozen: FrozenTerms | None,
-    repairs: Sequence[Repair],
+    experience: Experience,
     rewards: Mapping[str, Tensor],
     losses: Mapping[str, float],
     before: Mapping[str, float],
     seconds: float,
 ) -> dict[str, Any]:
     """Means are per episode; ``distill/kl`` is the mean KL(student || teacher) in nats per student token."""
-    rolled = [t for t in trajectories if t.branch is None]
+    trajectories, rolled = experience.trajectories, experience.rollouts
+    packed, frozen, repairs = experience.packed, experience.frozen, experience.repairs
     n = len(rolled)
     generated = session.totals["generated_tokens"] - before["generated_tokens"]
     row: dict[str, Any] = {
@@ -70,7 +67,15 @@ def step_metrics(
     }
 
 
-def repair_rows(trajectory: Trajectory, repairs: Sequence[Repair]) -> dict[str, Any] | None:
+def trajectory_rows(experience: Experience, credits: Sequence[Sequence[Credit]]) -> list[dict[str, Any]]:
+    """The lines of a step's trajectory file."""
+    return [
+        {"trajectory": trajectory, "credit": credit, "repair": _repair_row(trajectory, experience.repairs)}
+        for trajectory, credit in zip(experience.trajectories, credits, strict=True)
+    ]
+
+
+def _repair_row(trajectory: Trajectory, repairs: Sequence[Repair]) -> dict[str, Any] | None:
     """What was tried on this episode, if anything."""
     for repair in repairs:
         if repair.parent.uid == trajectory.uid:

@@ -25,7 +25,7 @@ LAYERS = (
     ("correction", "credit", "objectives"),
     (
         *("loss", "optimizers", "runs", "tasks", "progress", "session"),
-        *("step_metrics", "trainer", "evaluation", "diagnostics"),
+        *("step_metrics", "experience", "updates", "trainer", "evaluation", "diagnostics"),
     ),
     ("cli", "report", "quickstart", "__main__", "__init__"),
 )

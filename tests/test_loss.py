@@ -15,8 +15,8 @@ from opd_agents.loss import micro_losses, plan, selected
 from opd_agents.policies import ExpertPolicy
 from opd_agents.policies.models import head, hidden_states
 from opd_agents.teachers import HiddenStates
-from opd_agents.trainer import accumulate, minibatches
 from opd_agents.types import Actor, Branch, Outcome
+from opd_agents.updates import accumulate, minibatches
 
 T = 1.3  # the temperature that `sampled` was sampled at
 DISTILL = Component(kind="distill")

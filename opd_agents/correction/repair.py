@@ -22,7 +22,7 @@ from opd_agents.config import Correction
 from opd_agents.envs import AgentEnv
 from opd_agents.errors import ReplayDivergence
 from opd_agents.policies.base import Action, History, Policy
-from opd_agents.rollout import Episode, Limits, Start, execute, rollout
+from opd_agents.rollout import Episode, Limits, Start, rollout
 from opd_agents.types import Branch, Outcome, StopReason, Task, Trajectory, Turn
 
 FIRST_BRANCH = 2**20  # stream numbers of branches, out of the way of the step's episodes
@@ -49,6 +49,7 @@ class _Proposal:
     turn: int
     env: AgentEnv  # in the state before the action
     teacher: Action
+    teacher_action: str  # as the environment gets it
 
 
 def correct(
@@ -81,7 +82,7 @@ def correct(
         chosen.append((parent, turn))
     proposals = _propose(chosen, teacher, make, chat, limits)
     episodes = [
-        _branch_episode(proposal, chat, arm, trial, settings.trials, number, stream)
+        _branch_episode(proposal, arm, trial, settings.trials, number, stream)
         for number, proposal in enumerate(proposals)
         for arm in ("repair", "student")
         for trial in range(settings.trials)
@@ -127,9 +128,9 @@ def _propose(
     ]
     proposals = []
     for (parent, turn, env), action in zip(restored, teacher.act(histories), strict=True):
-        usable = action.stop_reason is StopReason.END
-        if usable and chat.parse(action.ids, ended=True).action != parent.turns[turn].action:
-            proposals.append(_Proposal(parent, turn, env, action))
+        text = chat.parse(action.ids, ended=True).action
+        if action.stop_reason is StopReason.END and text != parent.turns[turn].action:
+            proposals.append(_Proposal(parent, turn, env, action, text))
         else:
             env.close()
     return proposals
@@ -157,7 +158,7 @@ def _ids_before(parent: Trajectory, turn: int) -> tuple[int, ...]:
 
 
 def _branch_episode(
-    proposal: _Proposal, chat: Chat, arm: str, trial: int, trials: int, number: int, stream: tuple[int, int]
+    proposal: _Proposal, arm: str, trial: int, trials: int, number: int, stream: tuple[int, int]
 ) -> Episode:
     """One re-rollout: the arm's action executed under fresh noise, then the student resumes."""
     parent, turn = proposal.parent, proposal.turn
@@ -170,9 +171,8 @@ def _branch_episode(
         action = Action(
             old.actor, old.stop_reason, old.action_ids, old.logprobs, policy_version=old.policy_version
         )
-    taken, messages, success = execute(env, chat, action, old.context_ids, old.starts_segment)
     inherited = tuple(dataclasses.replace(t, weight=0.0) for t in parent.turns[:turn])
-    start = Start(env, Branch(parent.uid, turn), (*inherited, taken), parent.messages, messages, success)
+    start = Start(env, Branch(parent.uid, turn), inherited, parent.messages, old.context_ids, action)
     return Episode(
         uid=f"{parent.uid}-{arm}{trial}",
         env_id=parent.env_id,
@@ -196,7 +196,7 @@ def _judge(
     return Repair(
         parent=proposal.parent,
         turn=turn,
-        teacher_action=repaired[0].turns[turn].action,
+        teacher_action=proposal.teacher_action,
         trials=len(repaired),
         success_student=success_student,
         success_repair=success_repair,

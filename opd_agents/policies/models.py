@@ -100,8 +100,8 @@ def forward_flops(model: PreTrainedModel, tokens: int, context: float) -> int:
     """FLOPs of a forward pass over ``tokens`` tokens whose mean context is ``context`` tokens.
 
     2 per weight used in a matrix product (all matrices; the embedding table only as the head) plus
-    4 * layers * width * context per token for attention. A backward pass counts twice this. A whole number,
-    so that sums are exact and do not depend on where a run was resumed.
+    4 * layers * (heads * head width) * context per token for attention. A backward pass counts twice this. A
+    whole number, so that sums are exact and do not depend on where a run was resumed.
     """
     config = model.config
     matrices = sum(
@@ -109,7 +109,10 @@ def forward_flops(model: PreTrainedModel, tokens: int, context: float) -> int:
     )
     if config.tie_word_embeddings:
         matrices += _embeddings(model).numel()
-    attention = 4 * config.num_hidden_layers * config.hidden_size * context
+    width = config.num_attention_heads * getattr(
+        config, "head_dim", config.hidden_size // config.num_attention_heads
+    )
+    attention = 4 * config.num_hidden_layers * width * context
     return round(tokens * (2 * matrices + attention))
 
 

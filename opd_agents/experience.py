@@ -1,0 +1,99 @@
+"""What one step learns from: trajectories, the teacher's signal on them, and accepted repairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opd_agents import envs
+from opd_agents.batch import Packed, pack
+from opd_agents.config import Component
+from opd_agents.correction import Repair, correct
+from opd_agents.credit import FrozenTerms, advantages, assign_credit, check_behaviour, frozen_terms
+from opd_agents.policies.models import forward_flops
+from opd_agents.session import Session
+from opd_agents.teachers import HiddenStates
+from opd_agents.types import Actor, Credit, Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """``signal`` and ``frozen`` belong to ``packed``, that to ``trajectories``: rollouts, then branches."""
+
+    trajectories: tuple[Trajectory, ...]
+    packed: Packed
+    signal: HiddenStates | None
+    frozen: FrozenTerms | None
+    repairs: tuple[Repair, ...] = ()
+
+    @property
+    def rollouts(self) -> tuple[Trajectory, ...]:
+        return tuple(trajectory for trajectory in self.trajectories if trajectory.branch is None)
+
+
+def score(session: Session, trajectories: Sequence[Trajectory]) -> Experience:
+    """The teacher's signal and the frozen token terms, once per trajectory.
+
+    Raises AlignmentError where the trainer's log-probs are not the sampler's.
+    """
+    config, packed = session.config, pack(trajectories)
+    tokens = config.trainer.micro_batch_tokens
+    signal = session.teacher.score(packed, tokens) if session.teacher and session.needs_signal else None
+    sampled = any(
+        turn.logprobs is not None and turn.actor is Actor.STUDENT for t in trajectories for turn in t.turns
+    )
+    if not packed.turns or (signal is None and not sampled):
+        return Experience(tuple(trajectories), packed, signal, None)
+    frozen = frozen_terms(session.model, packed, signal, config.rollout.temperature, tokens)
+    mean_context = packed.n_tokens / len(packed.rows) / 2
+    session.totals["flops"] += forward_flops(session.model, packed.n_tokens, mean_context)
+    tolerance = 1e-3 if config.student.dtype == "float32" else 0.2
+    check_behaviour(packed, trajectories, frozen, session.step, tolerance)
+    return Experience(tuple(trajectories), packed, signal, frozen)
+
+
+def with_repairs(session: Session, experience: Experience) -> Experience:
+    """The experience and its accepted repairs, within the share of tokens that the config grants them."""
+    settings, teacher, frozen = session.config.correction, session.teacher, experience.frozen
+    if settings is None or teacher is None or frozen is None or frozen.teacher_logprob is None:
+        return experience
+    totals, share = session.totals, settings.token_share
+    rolled_out = totals["generated_tokens"] - totals["correction_tokens"]
+    rolled_out += sum(trajectory.n_action_tokens for trajectory in experience.trajectories)
+    repairs = correct(
+        experience.trajectories, experience.packed, frozen.teacher_logprob, settings,
+        stream=(session.config.seed, session.step),
+        token_budget=share / (1 - share) * rolled_out - totals["correction_tokens"],
+        student=session.student_sampler, teacher=teacher.greedy, make=envs.make, chat=session.chat,
+        limits=session.limits, temperature=session.config.rollout.temperature,
+    )  # fmt: skip
+    branches = [repair.branch for repair in repairs if repair.branch is not None]
+    return _joined(experience, score(session, branches), tuple(repairs))
+
+
+def _joined(experience: Experience, branches: Experience, repairs: tuple[Repair, ...]) -> Experience:
+    signal, frozen = experience.signal, experience.frozen
+    if signal and branches.signal:
+        signal = HiddenStates(torch.cat([signal.hidden, branches.signal.hidden]), signal.head)
+    if frozen and branches.frozen:
+        frozen = frozen.extended(branches.frozen)
+    trajectories = experience.trajectories + branches.trajectories
+    return Experience(trajectories, pack(trajectories), signal, frozen, repairs)
+
+
+def credit(
+    components: Mapping[str, Component], experience: Experience
+) -> tuple[dict[str, Tensor], list[list[Credit]]]:
+    """Group-relative advantages per policy component [E], and the credit of every action."""
+    rewards = {
+        name: advantages(experience.trajectories, component.normalise)
+        for name, component in components.items()
+        if component.kind == "policy"
+    }
+    verdicts = {(r.parent.uid, r.turn): "accepted" if r.accepted else "rejected" for r in experience.repairs}
+    return rewards, assign_credit(
+        experience.packed, experience.trajectories, experience.frozen, rewards, verdicts
+    )

@@ -1,0 +1,147 @@
+"""The programs of benchmarks/: sweeps of tiny runs, and the arms of the rollout benchmark on a small case."""
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from opd_agents import cli
+from opd_agents.errors import UserError
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+import rollout as benchmark
+import sweep
+import sweep_results
+
+
+class Commands:
+    """`opd-agents` in this process, which has torch loaded; all but ``broken`` commands are run."""
+
+    def __init__(self, broken: Callable[[Sequence[str]], bool] = lambda arguments: False) -> None:
+        self.broken, self.seen = broken, list[str]()
+
+    def __call__(self, arguments: Sequence[str], log: Path) -> str:
+        self.seen.append(" ".join(arguments))
+        if self.broken(arguments):
+            raise OSError("killed")
+        done = CliRunner().invoke(cli.app, list(arguments))
+        if done.exit_code:
+            raise OSError(done.stderr)
+        return done.stdout
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A sweep of two learning rates and two seeds; its config lies beside it."""
+    config = tiny.sft(tmp_path / "unused")
+    config["trainer"] |= {"steps": 3}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    raw = {
+        "name": "rates",
+        "output": str(tmp_path / "out"),
+        "seeds": [0, 1],
+        "runs": {
+            "high": {"config": "tiny.yaml"},
+            "low": {"config": "tiny.yaml", "set": ["trainer.learning_rate=1e-4"]},
+        },
+        "evaluate": {"suite": tiny.SUITE, "limit": 3},
+        "metrics": ["success", "loss", "total/flops", "succes"],
+    }
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def test_a_sweep_trains_evaluates_and_compares_every_cell(file: Path, tmp_path: Path) -> None:
+    loaded, cells = sweep.load_sweep(file)
+    first = Commands(broken=lambda words: "evaluate" in words and "low/seed-1" in " ".join(words))
+    rows = sweep.run_cells(cells, 1, first)
+    assert [(row["label"], row["seed"], row["status"]) for row in rows] == [
+        ("high", 0, "done"), ("low", 0, "done"), ("high", 1, "done"), ("low", 1, "failed"),
+    ]  # fmt: skip
+    assert rows[3]["error"] == "killed"
+    assert rows[0]["values"]["loss"] < rows[1]["values"]["loss"]
+    steps = [json.loads(line) for line in (cells[0].folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["values"]["total/flops"] == steps[-1]["total/flops"] > 0
+
+    again = Commands()
+    rows = sweep.run_cells(cells, 1, again)
+    assert [row["status"] for row in rows] == ["skipped", "skipped", "skipped", "done"]
+    assert len(again.seen) == 2 and all("low/seed-1" in command for command in again.seen)
+    assert again.seen[0].endswith("--resume")
+    assert [row["status"] for row in sweep.run_cells(cells, 1, Commands())] == ["skipped"] * 4
+
+    view = sweep_results.write(loaded.folder, loaded.name, loaded.metrics, rows)
+    assert "'succes' (did you mean 'success'?)" in str(view.caption)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    flops = [row["values"]["total/flops"] for row in rows if row["label"] == "low"]
+    assert results["labels"]["low"]["total/flops"]["mean"] == pytest.approx(sum(flops) / 2)
+    assert results["labels"]["low"]["succes"] == {"n": 0, "mean": None, "half": None}
+    with (tmp_path / "out" / "results.csv").open() as table:
+        assert [row["label"] for row in csv.DictReader(table)] == ["high", "low", "high", "low"]
+    assert "<svg" in (tmp_path / "out" / "results.svg").read_text()
+
+
+def test_a_changed_config_is_not_passed_off_as_finished(file: Path) -> None:
+    raw = yaml.safe_load(file.read_text()) | {"seeds": [0]}
+    raw["runs"].pop("low")
+    file.write_text(yaml.safe_dump(raw))
+    _, cells = sweep.load_sweep(file)
+    assert [row["status"] for row in sweep.run_cells(cells, 1, Commands())] == ["done"]
+    raw["evaluate"]["limit"] = 2
+    file.write_text(yaml.safe_dump(raw))
+    assert [row["status"] for row in sweep.run_cells(sweep.load_sweep(file)[1], 1, Commands())] == ["done"]
+    raw["runs"]["high"]["set"] = ["trainer.steps=4"]
+    file.write_text(yaml.safe_dump(raw))
+    (row,) = sweep.run_cells(sweep.load_sweep(file)[1], 1, Commands())
+    assert row["status"] == "failed"
+    assert "trainer.steps: 3 -> 4" in row["error"]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"seeds": [1, 1]}, "`seeds`: Value error, each seed once"),
+        ({"sedes": [1]}, "`sedes`: Extra inputs are not permitted"),
+        ({"runs": {"../x": {"config": "tiny.yaml"}}}, "`runs.../x.[key]`"),
+        ({"runs": {"a": {"config": "missing.yaml"}}}, "runs.a: No config file missing.yaml"),
+        ({"runs": {"a": {"config": "tiny.yaml", "set": ["trainer.step=1"]}}}, "did you mean `steps`"),
+        ({"evaluate": {"suite": "orderdek"}}, "Unknown suite 'orderdek'"),
+    ],
+)
+def test_mistakes_in_a_sweep_file_are_told_before_anything_runs(
+    file: Path, change: dict[str, Any], told: str
+) -> None:
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | change))
+    with pytest.raises(UserError) as caught:
+        sweep.load_sweep(file)
+    assert told in str(caught.value)
+
+
+def test_the_program_says_what_is_wrong_and_exits_with_2(tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(typer.Exit) as caught:
+        sweep.main(tmp_path / "none.yaml")
+    assert caught.value.exit_code == 2
+    assert "error: No sweep file" in capsys.readouterr().err
+
+
+def test_a_failing_command_is_told_by_its_last_line(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="error: Unknown method 'gkdd'"):
+        sweep.execute(["methods", "gkdd"], tmp_path / "a" / "log")
+    assert json.loads(sweep.execute(["methods", "gkd", "--json"], tmp_path / "log"))[0]["name"] == "gkd"
+
+
+def test_the_cache_kept_feeds_each_token_once_and_changes_none() -> None:
+    result = benchmark.measure([2], [2, 4], 1)  # asserts that both arms give the same tokens
+    kept, fed = ([row for row in result["rows"] if row["arm"] == arm] for arm in benchmark.ARMS)
+    assert all(a["fed"] < b["fed"] for a, b in zip(kept, fed, strict=True))
+    assert kept[0]["slope"] < 1 < fed[0]["slope"]
+    assert "| re-prefilled |" in benchmark.page(result)
