@@ -173,7 +173,7 @@ def page(result: Mapping[str, Any]) -> str:
     facts = ", ".join(f"{key} {value}" for key, value in result.items() if key != "rows")
     console = Console(width=120)
     with console.capture() as captured:
-        console.print(f"Median (min to max). Prefilled and fed: tokens an episode. One run: {facts}.\n", view)
+        console.print(f"Median (min to max). Prefilled and fed: tokens an episode. One run: {facts}.", view)
     return "\n".join(line.strip() for line in captured.get().strip().splitlines()) + "\n"
 
 
