@@ -12,7 +12,7 @@ import difflib
 import importlib.resources
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -32,11 +32,11 @@ class Schedule(Section):
     """A coefficient over the run: ``kind`` from ``start`` to ``end`` as the run's progress goes 0 to 1."""
 
     kind: Literal["linear", "cosine"]
-    start: float
-    end: float
+    start: float = Field(ge=0)
+    end: float = Field(ge=0)
 
 
-Scheduled: TypeAlias = float | Schedule
+Scheduled: TypeAlias = Annotated[float, Field(ge=0)] | Schedule
 
 
 class Build(Section):
@@ -59,7 +59,14 @@ class Teacher(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
+class Sampler(Section):
+    kind: Literal["transformers"] = "transformers"
+
+
 class ChatSettings(Section):
+    """``history: append`` keeps the sampled ids of all turns as one growing row."""
+
+    history: Literal["append"] = "append"
     template: str | None = None
     kwargs: dict[str, Any] = {}
     system: str | None = None  # replaces the environment's system prompt, also by the empty string
@@ -182,6 +189,7 @@ class RunConfig(Section):
     method: str | None = None
     student: Student
     teacher: Teacher | None = None
+    sampler: Sampler = Sampler()
     chat: ChatSettings = ChatSettings()
     environments: list[EnvironmentSource] = Field(min_length=1)
     rollout: Rollout = Rollout()

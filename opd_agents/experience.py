@@ -13,6 +13,7 @@ from opd_agents.batch import Packed, pack
 from opd_agents.config import Component
 from opd_agents.correction import Repair, correct
 from opd_agents.credit import FrozenTerms, advantages, assign_credit, check_behaviour, frozen_terms
+from opd_agents.errors import EnvironmentContractError
 from opd_agents.policies.models import forward_flops
 from opd_agents.session import Session
 from opd_agents.teachers import HiddenStates
@@ -37,9 +38,15 @@ class Experience:
 def score(session: Session, trajectories: Sequence[Trajectory]) -> Experience:
     """The teacher's signal and the frozen token terms, once per trajectory.
 
-    Raises AlignmentError where the trainer's log-probs are not the sampler's.
+    Raises AlignmentError where the trainer's log-probs are not the sampler's, EnvironmentContractError where
+    every episode failed.
     """
     config, packed = session.config, pack(trajectories)
+    if trajectories and all(trajectory.error for trajectory in trajectories):
+        raise EnvironmentContractError(
+            f"All {len(trajectories)} episodes of step {session.step + 1} failed; the first, "
+            f"{trajectories[0].task} of {trajectories[0].env_id}: {trajectories[0].error}"
+        )
     tokens = config.trainer.micro_batch_tokens
     signal = session.teacher.score(packed, tokens) if session.teacher and session.needs_signal else None
     sampled = any(

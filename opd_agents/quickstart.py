@@ -38,47 +38,53 @@ ARMS = {
 def run(output: Path, seed: int, compare: bool) -> Path:
     """Train, compare, evaluate on test tasks, report; returns the path of the report.
 
-    Raises RunFolderError where ``output`` holds a run already.
+    What ``output`` holds of this quickstart already is not trained again: an interrupted one goes on, and
+    ``compare`` adds its arms to a finished one. Raises RunFolderError where ``output`` holds another run.
     """
     started = time.perf_counter()
     config = load_config("quickstart", f"seed={seed}", f"output={output}")
-    train(config)
+    seconds = _seconds_spent(output)  # by an earlier call
+    train(config, resume=True)
     cold, distilled = (stage.folder for stage in config.stages.values())
+    teacher = config.stages["opd"].teacher
+    assert teacher is not None  # the shipped config has one
     checkpoints = {
-        "teacher": Path(str(config.stages["opd"].teacher.model)),  # type: ignore[union-attr]
+        "teacher": Path(teacher.model),
         "student_before": latest_checkpoint(cold),
         "student_after": latest_checkpoint(distilled),
     }
-    if compare:
-        for name, experiment in ARMS.items():
-            checkpoints[name] = latest_checkpoint(
-                _train_arm(experiment, config, cold, distilled, output / name)
-            )
+    for name, experiment in ARMS.items() if compare else ():
+        arm = _train_arm(experiment, config, cold, distilled, output / name)
+        checkpoints[name] = latest_checkpoint(arm)
     policies = _evaluate(config, checkpoints, output)
-    summary = {"name": config.name, "seconds": round(time.perf_counter() - started, 1), "policies": policies}
+    seconds += time.perf_counter() - started
+    summary = {"name": config.name, "seconds": round(seconds, 1), "policies": policies}
     write_whole(output / "summary.json", json.dumps(summary, indent=1) + "\n")
-    report = write_report([output])
+    rows = [{"policy": name} | row for name, row in policies.items()]
     console = Console()
-    console.print(
-        table({"suite": "OrderDesk", "policies": [{"policy": n} | row for n, row in policies.items()]})
-    )
-    console.print(f"{summary['seconds']:.0f} s in all. Learning curves and episodes turn by turn: {report}")
-    return report
+    console.print(table({"suite": "OrderDesk, test tasks", "policies": rows}))
+    console.print(f"{seconds:.0f} s in all.")
+    return write_report([output])
+
+
+def _seconds_spent(output: Path) -> float:
+    """Seconds of all training that is finished below ``output``."""
+    return sum(json.loads(path.read_text())["seconds"] for path in output.glob("*/summary.json"))
 
 
 def _train_arm(experiment: str, config: RunConfig, cold: Path, distilled: Path, output: Path) -> Path:
     """Another method from the same cold start, stopped at the distilled student's FLOPs."""
     flops = json.loads((distilled / "summary.json").read_text())["total/flops"]
-    overrides = (f"student.model={latest_checkpoint(cold)}", f"trainer.flops={flops}", f"seed={config.seed}")
-    return train(load_config(experiment, *overrides, f"output={output}"))
+    start = f"student.model={latest_checkpoint(cold).resolve()}"
+    overrides = (start, f"trainer.flops={flops}", f"seed={config.seed}", f"output={output}")
+    return train(load_config(experiment, *overrides), resume=True)
 
 
 def _evaluate(config: RunConfig, checkpoints: Mapping[str, Path], output: Path) -> dict[str, Any]:
     """Every policy on the same held-out test tasks; trajectories with the teacher's KL per turn."""
     suite = load_suite("orderdesk")
     rows: dict[str, Any] = {}
-    contestants = {"expert": "expert"} | {name: str(path) for name, path in checkpoints.items()}
-    for name, source in contestants.items():
+    for name, source in {"expert": "expert", **{k: str(v) for k, v in checkpoints.items()}}.items():
         contestant = load_contestant(source, suite.temperature)
         sampled, greedy = run_suite(contestant, suite, split="test", seed=config.seed)
         rows[name] = summarise(sampled, greedy) | _cost(name, checkpoints)

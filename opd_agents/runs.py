@@ -22,19 +22,21 @@ PARTIAL = ".partial-"  # names of what is being written or removed; a kill may l
 class RunFolder:
     """``runs/NAME/``. Opening it fresh refuses a folder that holds a run; resuming refuses another config.
 
-    Resuming a folder that is empty or does not exist starts the run. Raises RunFolderError.
+    A folder with nothing but a config, of a run that was refused when it began, counts as none. Resuming a
+    folder that is empty or does not exist starts the run. Raises RunFolderError.
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any], *, resume: bool) -> None:
         self.path = path
         text = yaml.safe_dump(dict(config), sort_keys=False)  # the order of stages counts
         stored = path / "config.yaml"
-        if stored.is_file() and not resume:
+        started = stored.is_file() and any(f.is_file() and f.name != "config.yaml" for f in path.rglob("*"))
+        if started and not resume:
             raise RunFolderError(
                 f"{path} holds a run already. Add --resume to go on with it, give another `output=`, or "
                 "remove the folder."
             )
-        old = yaml.safe_load(stored.read_text()) if stored.is_file() else config
+        old = yaml.safe_load(stored.read_text()) if started else config
         if changed := _differences(old, config):
             raise RunFolderError(
                 f"{path} was started with another config ({', '.join(changed)}); resume it with the config "

@@ -155,8 +155,10 @@ def check_inputs(config: RunConfig) -> None:
 
 def newest_checkpoint(path: str) -> str:
     """Of a run folder its newest checkpoint; a checkpoint, or the id of a model on the hub, as it is."""
-    may_be_id = path.count("/") < 2 and not path.startswith((".", "/"))
-    return path if may_be_id and not Path(path).exists() else str(latest_checkpoint(Path(path)))
+    local = Path(path)
+    beside_others = len(local.parts) > 1 and local.parent.is_dir()  # runs/techer is a slip, not an id
+    may_be_id = path.count("/") < 2 and not path.startswith((".", "/")) and not beside_others
+    return path if may_be_id and not local.exists() else str(latest_checkpoint(local))
 
 
 def load_session(config: RunConfig, folder: RunFolder) -> Session:

@@ -9,6 +9,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from opd_agents import envs
 from opd_agents.config import RunConfig
 from opd_agents.evaluation import load_suite, run_suite, summarise
@@ -68,6 +70,8 @@ def _train_stage(config: RunConfig, resume: bool) -> Path:
     folder = RunFolder(config.folder, config.model_dump(mode="json"), resume=resume)
     if (folder.path / "summary.json").is_file():  # written last: the run is finished
         return folder.path
+    if config.trainer.threads:
+        torch.set_num_threads(config.trainer.threads)
     session = load_session(config, folder)
     folder.truncate(session.step)
     trainer, limit = config.trainer, config.trainer.flops
@@ -93,6 +97,8 @@ def _train_stage(config: RunConfig, resume: bool) -> Path:
                     f"Stopped after step {session.step}; its checkpoint is written. "
                     f"The same command with --resume goes on from there ({folder.path})."
                 )
+    if config.evaluation and session.step % config.evaluation.every:
+        session.evaluation = evaluate_session(session)
     folder.save_checkpoint(session.step, session.save, trainer.keep_last)
     totals = {f"total/{key}": value for key, value in session.totals.items()}
     summary = {

@@ -51,7 +51,7 @@ class Outcome(StrEnum):
     SUCCESS = "success"
     FAILURE = "failure"
     UNFINISHED = "unfinished"  # turn, token or context budget used up before the environment ended it
-    ERROR = "error"  # the environment or the policy raised; see Trajectory.error
+    ERROR = "error"  # the environment raised or did not answer; see Trajectory.error
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +161,8 @@ class Trajectory:
 
     @property
     def n_action_tokens(self) -> int:
-        """Tokens generated for this episode, inherited turns not counted."""
-        return sum(len(turn.action_ids) for turn in self.turns if turn.weight)
+        """Tokens that a model sampled for this episode; inherited turns and the expert's are not counted."""
+        return sum(len(turn.action_ids) for turn in self.turns if turn.weight and turn.logprobs is not None)
 
     def segments(self) -> Iterator[tuple[int, int]]:
         """Turn ranges ``[start, stop)`` that share one growing token history."""

@@ -48,6 +48,12 @@ def test_a_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "metrics.jsonl").is_file()
 
 
+def test_a_run_that_was_refused_when_it_began_is_none(tmp_path: Path) -> None:
+    opened(tmp_path / "run")
+    RunFolder(tmp_path / "run", CONFIG | {"seed": 7}, resume=False)
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["seed"] == 7
+
+
 def test_a_foreign_folder_or_file_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     for resume in (False, True):
@@ -66,7 +72,7 @@ def test_resuming_what_does_not_exist_starts_it(tmp_path: Path) -> None:
 
 
 def test_resuming_with_another_config_names_the_keys(tmp_path: Path) -> None:
-    opened(tmp_path / "run")
+    opened(tmp_path / "run").log({"step": 1})
     changed = {"name": "x", "trainer": {"steps": 6, "flops": None}, "output": "a", "seed": 1}
     with pytest.raises(RunFolderError, match=r"seed: None -> 1, trainer\.steps: 5 -> 6"):
         RunFolder(tmp_path / "run", changed, resume=True)

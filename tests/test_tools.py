@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import pydantic
 import pytest
 
+from opd_agents.errors import EnvironmentContractError
 from opd_agents.tools import Tool, ToolError, random_call
 from opd_agents.types import ToolSpec
 
@@ -85,9 +86,9 @@ def test_functions_that_make_no_schema_are_refused() -> None:
     def variadic(*xs: int) -> int:
         return sum(xs)
 
-    with pytest.raises(TypeError, match="'x' of tool 'untyped' has no type annotation"):
+    with pytest.raises(EnvironmentContractError, match="'x' of tool 'untyped' has no type annotation"):
         Tool.from_function(untyped)
-    with pytest.raises(TypeError, match="cannot be passed by name"):
+    with pytest.raises(EnvironmentContractError, match="cannot be passed by name"):
         Tool.from_function(variadic)
 
 

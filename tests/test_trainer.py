@@ -13,7 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 from opd_agents.config import load_config
-from opd_agents.errors import AlignmentError, CheckpointError, ConfigError, RunFolderError, UnknownName
+from opd_agents.errors import (
+    AlignmentError,
+    CheckpointError,
+    ConfigError,
+    EnvironmentContractError,
+    RunFolderError,
+    UnknownName,
+)
 from opd_agents.progress import Interrupted, StopSignal
 from opd_agents.runs import checkpoints_in, latest_checkpoint
 from opd_agents.session import load_session
@@ -300,6 +307,28 @@ def test_another_vocabulary_is_refused(tmp_path: Path, tiny_teacher: Path) -> No
     config = tiny.mix(tmp_path / "run", tiny_teacher, "student.build.tokenizer=", environments=[tiny.DESK])
     with pytest.raises(ConfigError, match="vocabulary"):
         train(config)
+    train(tiny.mix(tmp_path / "run", tiny_teacher))  # the corrected run is not told that there is one
+
+
+def test_a_step_whose_episodes_all_fail_stops_the_run(
+    tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: tiny.Parity, task: Any) -> str:
+        raise OSError("no database")
+
+    config = tiny.mix(tmp_path / "run", tiny_teacher)
+    monkeypatch.setattr(tiny.Parity, "begin", broken)
+    with pytest.raises(EnvironmentContractError, match=r"All \d+ episodes of step 1 .* OSError: no database"):
+        train(config)
+
+
+def test_the_configs_number_of_threads_is_set(tmp_path: Path, tiny_teacher: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        train(tiny.mix(tmp_path / "run", tiny_teacher, "trainer.threads=2", "trainer.steps=1"))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 import pydantic
 import pydantic_core
 
-from opd_agents.errors import OpdError
+from opd_agents.errors import EnvironmentContractError, OpdError
 from opd_agents.types import ToolSpec
 
 
@@ -37,8 +37,8 @@ class Tool:
     def from_function(cls, function: Callable[..., Any]) -> Tool:
         """The tool of a typed function or bound method: name, docstring, and schema of its parameters.
 
-        ``Annotated[str, pydantic.Field(description=...)]`` describes a parameter. Raises TypeError for a
-        parameter without an annotation, or one that cannot be passed by name.
+        ``Annotated[str, pydantic.Field(description=...)]`` describes a parameter. Raises
+        EnvironmentContractError for a parameter without an annotation, or one that cannot be passed by name.
         """
         if isinstance(function, types.MethodType):
             spec, arguments = _describe(function.__func__, skip_self=True)
@@ -74,9 +74,11 @@ def _describe(function: Callable[..., Any], skip_self: bool) -> tuple[ToolSpec, 
     for parameter in parameters:
         where = f"parameter {parameter.name!r} of tool {function.__name__!r}"
         if parameter.annotation is parameter.empty:
-            raise TypeError(f"{where} has no type annotation; the tool's JSON schema is made from it")
+            raise EnvironmentContractError(
+                f"{where} has no type annotation; the tool's JSON schema is made from it"
+            )
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            raise TypeError(f"{where} cannot be passed by name, as every tool argument is")
+            raise EnvironmentContractError(f"{where} cannot be passed by name, as every tool argument is")
         default = ... if parameter.default is parameter.empty else parameter.default
         fields[parameter.name] = (parameter.annotation, default)
     config = pydantic.ConfigDict(extra="forbid", strict=True)

@@ -10,12 +10,14 @@ from typing import Any
 
 from opd_agents import envs
 from opd_agents.chat import Chat
-from opd_agents.errors import UnknownName
+from opd_agents.config import EnvironmentSource
+from opd_agents.errors import UnknownName, UserError
 from opd_agents.evaluation.metrics import summarise
 from opd_agents.evaluation.suites import Suite, load_suite
 from opd_agents.policies.base import ExpertPolicy, Policy, RandomPolicy
 from opd_agents.rollout import Episode, Limits, rollout
 from opd_agents.runs import latest_checkpoint, write_whole
+from opd_agents.tasks import split_sizes
 from opd_agents.types import Actor, Task, Trajectory, to_json
 
 SCRIPTED: dict[str, Callable[[], Policy]] = {"expert": ExpertPolicy, "random": RandomPolicy}
@@ -128,7 +130,11 @@ def play(
         Episode(uid=str(i), env_id=env_id, seed=seed + i, task=Task(str(i), split), stream=(seed, 2**61, i))
         for i in range(episodes)
     ]
-    envs.make(env_id).close()  # an unknown environment is the user's mistake, not a failed episode
+    # an unknown environment or task is the user's mistake, not a failed episode
+    if episodes > (size := split_sizes([EnvironmentSource(id=env_id, split=split)])[0]):
+        raise UserError(
+            f"{env_id} has {size} tasks in split {split!r}, but {episodes} episodes were asked for."
+        )
     return rollout(
         requests,
         contestant.sampled,

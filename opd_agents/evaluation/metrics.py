@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-COSTS = ("generated_tokens", "teacher_tokens", "flops", "seconds")  # spent on making a policy
+# Spent on making a policy, by its key, with the column's label.
+COSTS = {"generated_tokens": "tokens", "teacher_tokens": "teacher", "flops": "FLOPs", "seconds": "seconds"}
 
 
 def wilson(successes: int, episodes: int) -> list[float]:
@@ -46,23 +47,24 @@ def invalid_calls(trajectory: Trajectory) -> int:
 
 
 def table(result: Mapping[str, Any]) -> Table:
-    """A rich table of an evaluation's policies; with what they cost to make, where that is known."""
+    """A rich table of an evaluation's policies, 80 columns wide; with what they cost to make, where known."""
     from rich.table import Table
 
     rows = result["policies"]
-    view = Table(title=f"{result['suite']}: success with 95 % Wilson intervals")
+    costs = {name: label for name, label in COSTS.items() if name in rows[0]}
+    view = Table(
+        title=f"{result['suite']}: success in % (95 % Wilson interval), turns and invalid calls an episode",
+        box=None, padding=(0, 1, 0, 0), header_style="bold", title_justify="left",
+    )  # fmt: skip
     view.add_column("policy", no_wrap=True)
-    for column in ("sampled", "interval", "greedy", "turns", "invalid"):
-        view.add_column(column, justify="right", no_wrap=True)
-    costs = [name for name in COSTS if name in rows[0]]
-    for name in costs:
-        view.add_column(name.replace("_", " ").replace("generated ", ""), justify="right")
+    for label in ("sampled", "greedy", "turns", "invalid", *costs.values()):
+        view.add_column(label, justify="right", no_wrap=True)
     for row in rows:
-        low, high = row["interval"]
+        low, high = (round(100 * bound) for bound in row["interval"])
         view.add_row(
-            row["policy"] + (f" ({row['errors']} errors)" if row["errors"] else ""), f"{row['success']:.1%}",
-            f"{100 * low:.0f}-{100 * high:.0f}%", f"{row['success_greedy']:.1%}", f"{row['turns']:.1f}",
-            f"{row['invalid_calls']:.2f}", *(_short(row[name]) for name in costs),
+            row["policy"] + (f" ({row['errors']} errors)" if row["errors"] else ""),
+            f"{100 * row['success']:.1f} ({low}-{high})", f"{100 * row['success_greedy']:.1f}",
+            f"{row['turns']:.1f}", f"{row['invalid_calls']:.2f}", *(_short(row[name]) for name in costs),
         )  # fmt: skip
     return view
 

@@ -27,7 +27,7 @@ def load_model(path: str, dtype: str) -> PreTrainedModel:
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"Cannot load a model from {path!r}: {_first_line(error)}") from None
+        raise _unloadable("model", path, error) from None
     return model.eval()
 
 
@@ -35,7 +35,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"Cannot load a tokenizer from {path!r}: {_first_line(error)}") from None
+        raise _unloadable("tokenizer", path, error) from None
 
 
 def build_model(
@@ -120,5 +120,7 @@ def _embeddings(model: PreTrainedModel) -> Tensor:
     return next(model.get_input_embeddings().parameters())
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _unloadable(what: str, path: str, error: Exception) -> CheckpointError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    where = repr(path) if Path(path).exists() else f"{path!r}, which is no folder here, from the hub"
+    return CheckpointError(f"Cannot load a {what} from {where}: {lines[0]}")
