@@ -260,19 +260,20 @@ def test_where_no_checkpoint_is(tmp_path: Path) -> None:
 # ---- a full disk ----
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files() -> Iterator[None]:
-    """No file may grow beyond 4 KiB: libraries really fail to write, as on a full disk."""
+    """No file may grow beyond 4 KiB: libraries really fail to write, as on a full disk. Around single calls
+    only, since it also holds for the file that the test runner's output may go to."""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, old[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 @pytest.mark.parametrize("library", ["safetensors", "torch"])
-def test_what_libraries_say_of_a_failed_write_is_an_os_error(
-    tmp_path: Path, small_files: None, library: str
-) -> None:
+def test_what_libraries_say_of_a_failed_write_is_an_os_error(tmp_path: Path, library: str) -> None:
     import torch
     from safetensors.torch import save_file
 
@@ -285,7 +286,7 @@ def test_what_libraries_say_of_a_failed_write_is_an_os_error(
 
     run = opened(tmp_path)
     run.save_checkpoint(1, write("1"), keep_last=1)
-    with pytest.raises(OSError, match="File too large") as caught:
+    with small_files(), pytest.raises(OSError, match="File too large") as caught:
         run.save_checkpoint(2, save, keep_last=1)
     assert caught.value.errno == errno.EFBIG
     assert names(run) == ["step-1"]
