@@ -10,6 +10,8 @@ from opd_agents.report.groups import read_groups
 from opd_agents.report.inert import parts
 from opd_agents.trainer import train
 
+pytestmark = pytest.mark.timeout(900)  # minutes of training, more on a busy machine
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -34,7 +36,7 @@ def test_the_divergence_falls_and_corrections_keep_their_budget(run: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [1, 2])  # 0 is what `make quickstart` runs
 def test_the_quickstart_reaches_its_aims(seed: int, tmp_path: Path) -> None:
     from opd_agents import quickstart
 
