@@ -95,7 +95,7 @@ def _train_stage(config: RunConfig, resume: bool) -> Path:
             if stop.requested:
                 raise Interrupted(
                     f"Stopped after step {session.step}; its checkpoint is written. "
-                    f"The same command with --resume goes on from there ({folder.path})."
+                    f"The same command goes on from there, `train` with --resume ({folder.path})."
                 )
     if config.evaluation and session.step % config.evaluation.every:
         session.evaluation = evaluate_session(session)

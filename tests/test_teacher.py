@@ -104,7 +104,7 @@ def test_another_template_is_refused(tmp_path, desk_chat, teacher):
 
 def test_a_teacher_speaks_with_the_students_settings(folder, desk_chat):
     """Those that it was saved with do not count: it scores the student's prompts."""
-    LocalTeacher(folder, Chat(desk_chat.tokenizer, system="Be brief."))
+    assert LocalTeacher(folder, Chat(desk_chat.tokenizer, system="Be brief.")).tokens == 0
 
 
 def test_a_missing_teacher_is_told(tmp_path, desk_chat):
