@@ -1,0 +1,34 @@
+"""The shipped method presets."""
+
+from __future__ import annotations
+
+import importlib.resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from opd_agents.errors import UnknownName
+
+METHODS = importlib.resources.files("opd_agents.configs.methods")
+
+
+def method_text(name: str) -> str:
+    """The YAML of a shipped method preset."""
+    known = _method_names()
+    if name not in known:
+        raise UnknownName("method", name, known, "opd-agents methods")
+    return METHODS.joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def list_methods() -> list[dict[str, Any]]:
+    """The shipped presets: name, title, paper, family, signal, verified."""
+    keys, rows = ("title", "paper", "family", "signal", "verified"), []
+    for name in _method_names():
+        raw = yaml.safe_load(method_text(name))
+        rows.append({"name": name} | {key: raw[key] for key in keys})
+    return rows
+
+
+def _method_names() -> list[str]:
+    return sorted(Path(entry.name).stem for entry in METHODS.iterdir() if entry.name.endswith(".yaml"))
