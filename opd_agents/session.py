@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from opd_agents import envs
 from opd_agents.chat import Chat, build_word_tokenizer
-from opd_agents.config import ChatSettings, EnvironmentSource, RunConfig
+from opd_agents.config import ChatSettings, EnvironmentSource, Recorded, RunConfig
 from opd_agents.errors import AlignmentError
 from opd_agents.evaluation import load_suite
 from opd_agents.optimizers import build_optimizers, set_learning_rate
@@ -76,6 +76,8 @@ class Session:
         source = self.config.rollout.source
         if isinstance(source, str):
             return policies[source]
+        if isinstance(source, Recorded):
+            return self.student_sampler
         return MixturePolicy({name: (policies[name], share) for name, share in source.items()})
 
     @property

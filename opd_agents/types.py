@@ -25,6 +25,7 @@ class Actor(StrEnum):
     TEACHER = "teacher"
     EXPERT = "expert"
     RANDOM = "random"
+    CORPUS = "corpus"  # recorded data
 
 
 class SpanKind(StrEnum):
@@ -34,6 +35,9 @@ class SpanKind(StrEnum):
     CALL = "call"
     TEXT = "text"
     SPECIAL = "special"
+    FORCED = (
+        "forced"  # put there by a rule, such as a thinking budget: no choice of the policy, never trained
+    )
 
 
 class StopReason(StrEnum):

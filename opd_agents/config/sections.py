@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from opd_agents.types import Actor, Outcome
+from opd_agents.types import Actor, Outcome, SpanKind
+
+PLUG_IN = r"^[\w.]+:\w+$"  # module:name, importable here or through `imports`
 
 
 class Section(BaseModel):
@@ -33,16 +35,39 @@ class Build(Section):
     tokenizer: str | None = None  # checkpoint whose tokenizer is shared; else one is made of expert episodes
 
 
+class Lora(Section):
+    """Low-rank adapters (arXiv 2106.09685) on a frozen base; ``targets``: module names, or all linear layers
+    but the head. There is no dropout: the sampler and the trainer must be one policy."""
+
+    rank: int = Field(32, gt=0)
+    alpha: float = Field(64.0, gt=0)
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+
+
 class Student(Section):
+    """``dtype`` is that of the weights in every forward pass. Trained bfloat16 weights have float32 masters
+    in the optimizer."""
+
     model: str | None = None
     build: Build | None = None
+    lora: Lora | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 class Teacher(Section):
-    kind: Literal["local"] = "local"
-    model: str
+    """``local``: the checkpoint ``model``. ``self``: the student's own frozen base, its adapter switched off.
+    ``module:name``: a class of yours, made with ``options``."""
+
+    kind: Literal["local", "self"] | Annotated[str, Field(pattern=PLUG_IN)] = "local"
+    model: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    options: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _model_given(self) -> Teacher:
+        if self.kind == "local" and self.model is None:
+            raise ValueError("`model` is needed: the path or id of the teacher's checkpoint")
+        return self
 
 
 class Sampler(Section):
@@ -50,12 +75,15 @@ class Sampler(Section):
 
 
 class ChatSettings(Section):
-    """``history: append`` keeps the sampled ids of all turns as one growing row."""
+    """``history: append`` keeps the sampled ids of all turns as one growing row; ``template`` renders the
+    whole conversation anew before every turn, as the template's own rules want it (stripped reasoning)."""
 
-    history: Literal["append"] = "append"
+    history: Literal["append", "template"] = "append"
     template: str | None = None
     kwargs: dict[str, Any] = {}
     system: str | None = None  # replaces the environment's system prompt, also by the empty string
+    syntax: str = "auto"  # of tool calls; auto: the one that reads what the template writes
+    thinking_budget: int | None = Field(None, gt=0)  # tokens; then the think span is closed for the model
 
 
 class EnvironmentSource(Section):
@@ -66,19 +94,39 @@ class EnvironmentSource(Section):
     options: dict[str, Any] = {}
 
 
-class Rollout(Section):
-    """Where experience comes from. ``source``: one actor, or a mixture drawn per turn."""
+class Recorded(Section):
+    """Recorded conversations: chat-message JSONL or a `datasets` dataset on disk, in epochs of new order.
 
-    source: Literal["student", "teacher", "expert"] | dict[Literal["student", "teacher", "expert"], float] = (
-        "student"
-    )
+    ``student``: share of groups that the student rolls out instead, the lambda of GKD (arXiv 2306.13649).
+    """
+
+    dataset: str
+    split: str = "train"
+    student: float = Field(0.0, ge=0, lt=1)
+
+
+Source: TypeAlias = Literal["student", "teacher", "expert"]
+
+
+class Rollout(Section):
+    """Where experience comes from. ``source``: one actor, a mixture drawn per turn, or recordings."""
+
+    source: Source | Recorded | dict[Source, float] = "student"
     episodes_per_step: int = Field(32, gt=0)
     group_size: int = Field(1, gt=0)
     max_turns: int | None = Field(None, gt=0)  # on top of the environment's own limit
     temperature: float = Field(1.0, gt=0)
     max_tokens_per_turn: int = Field(256, gt=0)
     max_context_tokens: int = Field(8192, gt=0)
+    max_observation_tokens: int = Field(2048, gt=0)  # of one turn; the middle of what is longer is cut out
     step_timeout: float | None = Field(None, gt=0)  # seconds of wall clock for one environment step
+
+    @property
+    def actors(self) -> set[Source]:
+        """Who acts in environments: nobody where all experience is recorded."""
+        if isinstance(self.source, Recorded):
+            return {"student"} if self.source.student else set()
+        return {self.source} if isinstance(self.source, str) else set(self.source)
 
     @model_validator(mode="after")
     def _whole_groups(self) -> Rollout:
@@ -95,6 +143,7 @@ class Select(Section):
     actor: Actor | None = None
     source: Literal["rollout", "correction"] | None = None
     outcome: Outcome | None = None
+    spans: list[SpanKind] | None = None
 
 
 class Component(Section):
@@ -108,6 +157,8 @@ class Component(Section):
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "reverse_kl"
     beta: float = Field(0.5, gt=0, lt=1)  # of jsd
     ratio_clip: float | None = Field(None, gt=1)  # distill: weight by the detached, clipped importance ratio
+    reward: Annotated[str, Field(pattern=PLUG_IN)] | None = None  # policy: instead of the environment's
+    credit: Annotated[str, Field(pattern=PLUG_IN)] | None = None  # further weights of the actions
     normalise: Literal["std", "none"] = "std"  # policy: of the group's rewards
     clip_low: float = Field(0.2, gt=0, lt=1)
     clip_high: float = Field(0.2, gt=0)
@@ -153,6 +204,8 @@ class TrainerSettings(Section):
     gradient_shares_every: int = Field(10, gt=0)  # steps between measurements of each component's gradient
     checkpoint_every: int = Field(10, gt=0)
     keep_last: int = Field(2, gt=0)
+    keep_best: Literal["success", "success_greedy"] | None = "success"  # of the evaluations; in best/
+    gradient_checkpointing: bool = False  # recompute activations going backward: less memory, more time
     tensorboard: bool = True
     threads: int | None = Field(None, gt=0)  # of torch on the CPU; a tiny model is fastest with one
 
@@ -177,7 +230,7 @@ class RunConfig(Section):
     teacher: Teacher | None = None
     sampler: Sampler = Sampler()
     chat: ChatSettings = ChatSettings()
-    environments: list[EnvironmentSource] = Field(min_length=1)
+    environments: list[EnvironmentSource] = []
     rollout: Rollout = Rollout()
     loss: Loss = Loss()
     correction: Correction | None = None
@@ -204,12 +257,21 @@ class RunConfig(Section):
         splits = [source.split for source in self.environments]
         if "test" in splits or (self.evaluation and self.evaluation.split == "test"):
             raise ValueError("split: `test` is for `opd-agents evaluate` alone; neither train nor tune on it")
+        self._sources_fit()
+        return self
+
+    def _sources_fit(self) -> None:
         kinds = {component.kind for component in self.loss.components.values()}
-        sources = {self.rollout.source} if isinstance(self.rollout.source, str) else set(self.rollout.source)
-        if self.teacher is None and ("distill" in kinds or self.correction or "teacher" in sources):
+        actors = self.rollout.actors
+        if self.teacher is None and ("distill" in kinds or self.correction or "teacher" in actors):
             raise ValueError("this loss, source or correction needs a `teacher: {model: PATH}`")
+        if self.teacher and self.teacher.kind == "self" and self.student.lora is None:
+            raise ValueError("teacher.kind: self is the student without its adapter; it needs `student.lora`")
+        if actors and not self.environments:
+            raise ValueError(
+                "`environments` is empty: name one to act in, or take rollout.source: {dataset: PATH}"
+            )
         if "policy" in kinds and self.rollout.group_size < 2:
             raise ValueError("a `policy` component compares episodes: rollout.group_size must be >= 2")
-        if "policy" in kinds and sources != {"student"}:
+        if "policy" in kinds and actors != {"student"}:
             raise ValueError("a `policy` component needs rollout.source: student")
-        return self
