@@ -1,10 +1,12 @@
-"""Rollouts with the key-value cache kept across turns, against re-prefilling the history at every turn.
+"""Episodes per second of rollouts, against re-prefilling the history at every turn, and against TRL.
 
     python benchmarks/rollout.py [--batch 1 --batch 32 --batch 128] [--repeats 5] [--threads 1] [--json]
 
-Both arms are `TransformersSampler` on the same episodes, with a model of the quickstart student's shape and
-random weights. First both play every case in float64, where rounding decides no draw, and must give the same
-tokens; what they feed is counted. Then they are timed in float32, alternating.
+Three arms on the same tasks with the same model of the quickstart student's shape: `TransformersSampler` with
+its key-value cache kept across turns; without; and TRL's `GRPOTrainer(environment_factory=...)` with the
+generation of transformers, up to its scored batch. The model's weights are set so that it always writes the
+same action (scripted.py): first all arms must give the same tokens, and what they feed is counted. Then they
+are timed, alternating.
 """
 
 from __future__ import annotations
@@ -12,145 +14,143 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median, median_low
-from typing import Annotated, Any, ClassVar
+from statistics import median
+from typing import Annotated, Any
 
 import rich.box
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from scripted import Queue, TrlQueue, action_length, episodes, recited, rows, scripted_model
 
-from opd_agents import envs
-from opd_agents.chat import Chat, build_word_tokenizer
+from opd_agents.chat import Chat
 from opd_agents.config import load_config
-from opd_agents.policies import ExpertPolicy
-from opd_agents.policies.models import build_model
-from opd_agents.policies.sampler import TransformersSampler
-from opd_agents.rollout import Episode, Limits, rollout
-from opd_agents.types import Actor, Task, Trajectory
+from opd_agents.policies.sampler import TransformersSampler, common_length
+from opd_agents.rollout import Limits, rollout
+from opd_agents.types import Actor, Trajectory
 
 TURNS = (4, 8, 16)
-ACTION_TOKENS, NO_END = 16, frozenset({-1})  # no token ends an action, so all have the same length
-ARMS = {"kept": True, "re-prefilled": False}  # what `reuse` is
-
-
-class Recited(envs.AgentEnv):
-    """Says what an OrderDesk said to its expert, whatever is answered, for exactly ``turns`` turns."""
-
-    fork_mode: ClassVar = "none"
-
-    def __init__(self, turns: int, prompts: Sequence[str], observations: Sequence[str]) -> None:
-        super().__init__([])
-        self.split_sizes, self.max_turns = {"train": 1_000_000}, turns
-        self.prompts, self.observations = prompts, observations
-
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        return super().step("-")  # what random tokens look like, a text or a broken call, must not matter
-
-    def begin(self, task: Task) -> str:
-        return self.prompts[int(task.id) % len(self.prompts)]
-
-    def on_text(self, text: str) -> str:
-        return self.observations[(7 * int(self.task.id) + self.turn) % len(self.observations)]
-
-    def success(self) -> bool:
-        return False
-
-    def digest_text(self) -> str:
-        return str(self.turn)
+ARMS = ("kept", "re-prefilled", "TRL")
 
 
 class Bench:
-    """The model, its chat, and what the environment recites: real texts, each kind all of its median length
-    in tokens, so that the number of turns alone decides how many tokens there are."""
+    """The model, its chat and the texts of the queue."""
 
     def __init__(self) -> None:
-        desk = _episodes("opd_agents/OrderDesk-v0", 64, level="hard")
-        expert = rollout(desk, ExpertPolicy(), make=envs.make, chat=None, limits=Limits(), temperature=1.0)
-        prompts = [t.messages[-1].content for t in expert]
-        observations = [turn.observation for t in expert for turn in t.turns[:-1]]
-        actions = [turn.action for t in expert for turn in t.turns]
-        tokenizer = build_word_tokenizer([*prompts, *observations, *actions])
-
-        def of_one_length(texts: Sequence[str]) -> list[str]:
-            typical = median_low(lengths := [len(tokenizer.encode(text)) for text in texts])
-            return [text for text, length in zip(texts, lengths, strict=True) if length == typical]
-
-        self.prompts, self.observations = of_one_length(prompts), of_one_length(observations)
-        self.chat = Chat(tokenizer, system="", kwargs={"include_tools": False})
+        self.texts = recited()
+        self.chat = Chat(self.texts.tokenizer)
         build = load_config("quickstart").model_dump()["student"]["build"]
-        fields = build["config"] | {"max_position_embeddings": 4096}
-        self.model = build_model(build["model_type"], fields, tokenizer, seed=0)
+        fields = build["config"] | {"max_position_embeddings": 8192}
+        self.model = scripted_model(self.texts.tokenizer, **fields)
+        self.action_tokens = action_length(self.texts.tokenizer)
+        self._trainers: dict[tuple[int, int], Any] = {}
 
-    def play(self, batch: int, turns: int, reuse: bool) -> list[Trajectory]:
-        sampler = TransformersSampler(self.model, NO_END, actor=Actor.STUDENT, temperature=1.0, reuse=reuse)
-        return rollout(
-            _episodes("recited", batch), sampler, chat=self.chat, limits=Limits(ACTION_TOKENS),
-            temperature=1.0, make=lambda env_id: Recited(turns, self.prompts, self.observations),
+    def play(self, batch: int, turns: int, arm: str) -> list[list[int]]:
+        """One rollout of ``batch`` episodes; all ids of each after the prompt."""
+        if arm == "TRL":
+            return self._play_trl(batch, turns)
+        sampler = TransformersSampler(
+            self.model, self.chat.end_ids, actor=Actor.STUDENT, temperature=1.0, reuse=arm == "kept"
+        )
+        played = rollout(
+            episodes("queue", batch), sampler, chat=self.chat, limits=Limits(max_context_tokens=8192),
+            temperature=1.0, make=lambda env_id: Queue(self.texts, turns),
+        )  # fmt: skip
+        return [_after_prompt(trajectory) for trajectory in played]
+
+    def _play_trl(self, batch: int, turns: int) -> list[list[int]]:
+        trainer = self._trainers.setdefault((batch, turns), self._trainer(batch, turns))
+        scored = trainer._generate_and_score_completions(rows(self.texts, batch))
+        pairs = zip(scored["completion_ids"], scored["completion_mask"], strict=True)
+        return [ids[mask.bool()].tolist() for ids, mask in pairs]
+
+    def _trainer(self, batch: int, turns: int) -> Any:
+        from datasets import Dataset
+        from trl import GRPOConfig, GRPOTrainer
+
+        settings = GRPOConfig(
+            output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch, num_generations=batch,
+            max_completion_length=8192, max_tool_calling_iterations=turns - 1, temperature=1.0, top_k=0,
+            beta=0.0, use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, save_strategy="no",
+        )  # fmt: skip
+        return GRPOTrainer(
+            model=self.model, args=settings, train_dataset=Dataset.from_list(rows(self.texts, batch)),
+            processing_class=self.texts.tokenizer, environment_factory=lambda: TrlQueue(self.texts),
         )  # fmt: skip
 
     def check(self, batch: int, turns: int) -> dict[str, dict[str, float]]:
-        """Tokens per episode of each arm; asserts that both give the same, and that one feeds each once."""
+        """Tokens per episode of each arm; asserts that all give the same, and that one feeds each once."""
         counts, ids, fed = {}, {}, list[int]()  # fed: by each forward pass
-        hook = self.model.double().base_model.register_forward_pre_hook(
+        hook = self.model.base_model.register_forward_pre_hook(
             lambda module, args, kwargs: fed.append(kwargs["input_ids"].numel()), with_kwargs=True
         )
-        for arm, reuse in ARMS.items():
+        for arm in ARMS:
             fed.clear()
-            played = self.play(batch, turns, reuse)
-            ids[arm] = [[turn.action_ids for turn in t.turns] for t in played]
-            decoded = turns * (ACTION_TOKENS - 1)  # an action's last token is fed with what follows it
+            ids[arm] = self.play(batch, turns, arm)
+            decoded = turns * (self.action_tokens - 1)  # an action's last token is fed with what follows it
             counts[arm] = {"prefilled": sum(fed) / batch - decoded, "fed": sum(fed) / batch}
         hook.remove()
-        self.model.float()
-        assert ids["kept"] == ids["re-prefilled"], "the arms gave different tokens"
-        assert all(len(t) == turns and {len(action) for action in t} == {ACTION_TOKENS} for t in ids["kept"])
-        history = sum(len(turn.context_ids) + ACTION_TOKENS for turn in played[0].turns)
-        assert counts["kept"]["fed"] == history - 1  # nothing follows the last token
+        assert ids["kept"] == ids["re-prefilled"], "the cache changes tokens"
+        assert ids["kept"] == ids["TRL"], "TRL gave other tokens"
+        prompts = self._prompts(batch)
+        shared = common_length(prompts) if batch > 1 else 0  # system prompt and tools, fed once
+        history = len(prompts[0]) + len(ids["kept"][0]) - 1  # nothing follows the last token
+        assert counts["kept"]["fed"] * batch == shared + batch * (history - shared)
         return counts
 
+    def _prompts(self, batch: int) -> list[list[int]]:
+        return [
+            self.texts.tokenizer.apply_chat_template(
+                row["prompt"], tools=[TrlQueue(self.texts).next_order], add_generation_prompt=True,
+                return_dict=False,
+            )
+            for row in rows(self.texts, batch)
+        ]  # fmt: skip
+
     def seconds(self, batch: int, turns: int, repeats: int) -> dict[str, list[float]]:
-        """Of each repeat of each arm, alternating; the arm that begins alternates too."""
+        """Of each repeat of each arm, alternating; the arm that begins changes too."""
         taken: dict[str, list[float]] = {arm: [] for arm in ARMS}
         for repeat in range(repeats + 1):
-            for arm, reuse in list(ARMS.items())[:: -1 if repeat % 2 else 1]:
+            for arm in ARMS[:: -1 if repeat % 2 else 1]:
                 started = time.perf_counter()
-                self.play(batch, turns, reuse)
+                self.play(batch, turns, arm)
                 taken[arm].append(time.perf_counter() - started)
         return {arm: values[1:] for arm, values in taken.items()}  # the first was for warming up
 
 
-def _episodes(env_id: str, n: int, **options: Any) -> list[Episode]:
-    tasks = [Task(str(i), "train") for i in range(n)]
-    return [Episode(task.id, env_id, i, task, (0, 0, i), options) for i, task in enumerate(tasks)]
+def _after_prompt(trajectory: Trajectory) -> list[int]:
+    ids = [i for turn in trajectory.turns for i in (*turn.context_ids, *turn.action_ids)]
+    return ids[len(trajectory.turns[0].context_ids) :]
 
 
 def measure(batches: Sequence[int], turns: Sequence[int], repeats: int) -> dict[str, Any]:
     """All cases; asserts that the tokens fed grow linearly with the turns if the cache is kept."""
-    load, bench, rows = os.getloadavg()[0], Bench(), []
+    load, bench, table = os.getloadavg()[0], Bench(), []
     for batch in batches:
         counted = {n: bench.check(batch, n) for n in turns}
-        slopes = {}  # on log-log scales: at most 1 where linear in the turns, for the prompt is fed once
+        # on log-log scales: at most 1 where linear in the turns, for the prompt is fed once
+        slopes: dict[str, float] = {}
         for arm in ARMS:
             growth = counted[turns[-1]][arm]["fed"] / counted[turns[0]][arm]["fed"]
             slopes[arm] = math.log(growth, turns[-1] / turns[0])
-        assert slopes["kept"] <= 1 < 1.3 < slopes["re-prefilled"], slopes
+        assert slopes["kept"] <= 1 < slopes["re-prefilled"], slopes
         for n in turns:
             taken = bench.seconds(batch, n, repeats)
-            speed_ups = [b / a for a, b in zip(taken["kept"], taken["re-prefilled"], strict=True)]
             for arm in ARMS:
+                ratios = [b / a for a, b in zip(taken["kept"], taken[arm], strict=True)]
                 rate = _spread([batch / seconds for seconds in taken[arm]])
                 row = {"batch": batch, "turns": n, "arm": arm, "episodes_per_second": rate, **counted[n][arm]}
-                row |= {"tokens_per_second": rate["median"] * n * ACTION_TOKENS, "slope": slopes[arm]}
-                rows.append(row | ({"speed_up": _spread(speed_ups)} if ARMS[arm] else {}))
+                row |= {"tokens_per_second": rate["median"] * n * bench.action_tokens, "slope": slopes[arm]}
+                table.append(row | ({} if arm == "kept" else {"kept_is_faster": _spread(ratios)}))
     return {
-        "parameters": bench.model.num_parameters(), "action tokens": ACTION_TOKENS, "repeats": repeats,
+        "parameters": bench.model.num_parameters(), "action tokens": bench.action_tokens, "repeats": repeats,
         "torch": torch.__version__, "threads": torch.get_num_threads(), "cores": os.cpu_count(),
-        "load before": round(load, 2), "load after": round(os.getloadavg()[0], 2), "rows": rows,
+        "load before": round(load, 2), "load after": round(os.getloadavg()[0], 2), "rows": table,
     }  # fmt: skip
 
 
@@ -161,15 +161,15 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 def page(result: Mapping[str, Any]) -> str:
     """The table as Markdown."""
     view = Table(box=rich.box.MARKDOWN)
-    columns = ("episodes/s", "tokens/s", "speed-up", "prefilled", "fed", "slope")
-    for column in ("batch", "turns", "cache", *columns):
-        view.add_column(column, justify="left" if column == "cache" else "right", no_wrap=True)
+    columns = ("episodes/s", "tokens/s", "kept is faster", "prefilled", "fed", "slope")
+    for column in ("batch", "turns", "arm", *columns):
+        view.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
     text = "{median:.2f} ({min:.2f} to {max:.2f})"
     for row in result["rows"]:
-        speed_up = text.format(**row["speed_up"]) if "speed_up" in row else ""
+        ratio = text.format(**row["kept_is_faster"]) if "kept_is_faster" in row else ""
         rates = text.format(**row["episodes_per_second"]), f"{row['tokens_per_second']:.0f}"
         counts = f"{row['prefilled']:.0f}", f"{row['fed']:.0f}", f"{row['slope']:.2f}"
-        view.add_row(str(row["batch"]), str(row["turns"]), row["arm"], *rates, speed_up, *counts)
+        view.add_row(str(row["batch"]), str(row["turns"]), row["arm"], *rates, ratio, *counts)
     facts = ", ".join(f"{key} {value}" for key, value in result.items() if key != "rows")
     console = Console(width=120)
     with console.capture() as captured:
@@ -186,7 +186,7 @@ def main(
         "benchmarks/results"
     ),
 ) -> None:
-    """Episodes and tokens per second of rollouts with and without the cache kept, at 4, 8 and 16 turns."""
+    """Episodes and tokens per second with and without the cache kept, and of TRL, at 4, 8 and 16 turns."""
     torch.set_num_threads(threads)
     result = measure(batch, TURNS, repeats)
     data, text = json.dumps(result, indent=1) + "\n", page(result)

@@ -1,9 +1,11 @@
 """Environments: text in, text out, forkable."""
 
 from opd_agents.envs.actions import BadAction, format_calls, parse_action
-from opd_agents.envs.base import AgentEnv, Recording, Snapshot
+from opd_agents.envs.base import AgentEnv
 from opd_agents.envs.registry import describe, import_plugins, list_envs, make, register
+from opd_agents.envs.snapshots import Recording, Snapshot
 from opd_agents.envs.spaces import AnyText
+from opd_agents.envs.tasks import TaskFile, TaskRow, load_tasks
 
 __all__ = [
     "AgentEnv",
@@ -11,10 +13,13 @@ __all__ = [
     "BadAction",
     "Recording",
     "Snapshot",
+    "TaskFile",
+    "TaskRow",
     "describe",
     "format_calls",
     "import_plugins",
     "list_envs",
+    "load_tasks",
     "make",
     "parse_action",
     "register",

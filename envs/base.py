@@ -9,42 +9,25 @@ import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import gymnasium
 from gymnasium.utils import seeding
 
 from opd_agents.envs.actions import BadAction, parse_action
+from opd_agents.envs.snapshots import ForkMode, Recording, Snapshot
 from opd_agents.envs.spaces import AnyText
-from opd_agents.errors import EnvironmentContractError, NotForkable, ReplayDivergence, UnknownName, UserError
+from opd_agents.envs.tasks import TaskFile, TaskRow
+from opd_agents.errors import (
+    DataError,
+    EnvironmentContractError,
+    NotForkable,
+    ReplayDivergence,
+    UnknownName,
+    UserError,
+)
 from opd_agents.tools import Tool, ToolError, to_json
 from opd_agents.types import Message, Task, ToolCall, ToolSpec
-
-ForkMode = Literal["snapshot", "replay", "none"]
-
-
-@dataclass(frozen=True, slots=True)
-class Recording:
-    """What verified replay needs: the generator's state at the reset, the actions, and the digest of the
-    state before each of them and after the last."""
-
-    start: Mapping[str, Any]
-    actions: tuple[str, ...]
-    digests: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """An episode at one moment, as a picklable value.
-
-    ``state`` is the pickled result of ``get_state()``, or a Recording where states cannot be copied.
-    """
-
-    task: Task
-    turn: int
-    over: bool
-    rng: Mapping[str, Any]
-    state: bytes | Recording
 
 
 @dataclass(slots=True)
@@ -68,6 +51,10 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
     observation), or a text to the user. A bad action costs a turn and is answered with what was wrong. A
     tool refuses by raising ToolError; any other exception of a tool is a bug and reaches the caller.
 
+    Tasks may come from a file of the user's (``make(id, tasks=PATH)``): its splits replace the environment's.
+    A row either has what the environment builds its world of, then ``row_fields`` names the fields that it
+    needs and ``begin`` reads ``self.row``; or it selects one of the environment's own tasks.
+
     The reward is 0 until the episode ends, then the verifier's ``success()``. ``info`` of ``reset``:
     ``task_id``, ``split``, ``messages``, ``system``, ``tools``; of ``step``: ``messages``, ``calls``,
     ``parse_error``, ``tool_error``, and at the end ``success``.
@@ -78,11 +65,15 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
     family: ClassVar[str] = "tools"
     extra: ClassVar[str | None] = None  # the optional dependency group that it needs
     licence: ClassVar[str] = "Apache-2.0"
+    row_fields: ClassVar[tuple[str, ...]] = ()  # of a task file's row; none: a row selects an own task
+    text_only: ClassVar[bool] = False  # every action is a text, JSON too: for an environment without tools
 
     system_prompt: str = ""
     split_sizes: Mapping[str, int] = {"train": 1}  # task ids of a split are "0" ... str(size - 1)
     max_turns: int = 32
+    tasks: TaskFile | None = None  # where the tasks come from, if not from the environment itself
 
+    _row: TaskRow | None = None
     _arguments: tuple[tuple[Any, ...], dict[str, Any]]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -147,6 +138,22 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
         """The scripted expert's next action from the present state (set ``has_expert`` to True)."""
         raise EnvironmentContractError(f"{type(self).__name__} has no scripted expert (has_expert is False).")
 
+    def check_row(self, row: TaskRow) -> None:
+        """Raise UserError for a row of a task file that cannot be a task; override to ask for more."""
+        if missing := [name for name in self.row_fields if not row.holds(name)]:
+            raise DataError(f"the field `{missing[0]}` is missing, which {type(self).__name__} needs.")
+        if self.row_fields:
+            return
+        if "task_id" not in row.metadata:
+            raise DataError(
+                f"{type(self).__name__} makes its own tasks; a row selects one of them by `metadata: "
+                '{"task_id": ..., "split": ...}` (without a split: the row\'s), and `task_id` is missing.'
+            )
+        own = row.own_task()
+        self._require_task(own)
+        if own.split == "test" and row.split != "test":
+            raise DataError(f"a task of {type(self).__name__}'s test split must stay in split 'test'.")
+
     def call(self, call: ToolCall) -> str:
         """Run one call; override to put something before every call, such as a time-out."""
         if call.name not in self._tools:
@@ -166,10 +173,16 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
 
     @property
     def task(self) -> Task:
-        """The present task. Raises gymnasium's ResetNeeded before the first reset."""
-        if self._task is None:
-            raise gymnasium.error.ResetNeeded(f"{type(self).__name__}: call reset() first.")
-        return self._task
+        """The present task: with a task file, for an environment that makes its own tasks, the one of those
+        that the row selects. Raises gymnasium's ResetNeeded before the first reset."""
+        return self._listed_task if self._row is None or self.row_fields else self._row.own_task()
+
+    @property
+    def row(self) -> TaskRow:
+        """The present task's row of the task file. Raises UserError where there is no file."""
+        if self._row is None:
+            raise self._no_tasks()
+        return self._row
 
     @property
     def turn(self) -> int:
@@ -186,17 +199,18 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
     ) -> tuple[str, dict[str, Any]]:
         """Begin a task: ``options`` may hold ``task_id`` (default: drawn) and ``split`` (default: the first).
 
+        With a task file ``task_id`` is a row's place in its split, or its field ``id`` if that is no number.
         The task gives the content, the seed the noise. Raises UserError for a task or split that does not
         exist.
         """
         super().reset(seed=seed)
-        self._task = self._choose_task(dict(options or {}))
+        self._set_task(self._choose_task(dict(options or {})))
         self._start_rng = self.np_random.bit_generator.state
         prompt = self._begin()
         message = Message("user", prompt)
         return prompt, {
-            "task_id": self._task.id,
-            "split": self._task.split,
+            "task_id": self._listed_task.id,
+            "split": self._listed_task.split,
             "messages": [message],
             "system": self.system_prompt,
             "tools": self.tools,
@@ -243,7 +257,7 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
             state = Recording(self._start_rng, tuple(self._actions), tuple(self._digests))
         else:
             state = self._pickled_state()
-        return Snapshot(self.task, self._turn, self._over, self.np_random.bit_generator.state, state)
+        return Snapshot(self._listed_task, self._turn, self._over, self.np_random.bit_generator.state, state)
 
     def restore(self, saved: Snapshot, reseed: int | None = None) -> None:
         """Go back to ``saved``, taken from this or an equally made environment.
@@ -252,7 +266,7 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
         NotForkable, and ReplayDivergence if replaying leads elsewhere.
         """
         self._require_fork_mode()
-        self._task = saved.task
+        self._set_task(saved.task)
         if isinstance(saved.state, Recording):
             self._start_rng = self.np_random.bit_generator.state = saved.state.start
             self._begin()
@@ -287,7 +301,25 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
         args, kwargs = self._arguments
         twin = type(self)(*args, **kwargs)
         twin.spec = self.spec
+        if self.tasks is not None:
+            twin.use_tasks(self.tasks)
         return twin
+
+    def use_tasks(self, tasks: TaskFile) -> None:
+        """Take the tasks from a file; once, before the first reset. Raises DataError for a row that does
+        not fit, naming file, row and field."""
+        tasks.check(f"{type(self).__module__}.{type(self).__qualname__} {self._arguments}", self.check_row)
+        self.tasks, self.split_sizes = tasks, tasks.split_sizes
+
+    def split_size(self, split: str) -> int:
+        """How many tasks a split has. Raises UserError for a split that does not exist."""
+        if self.tasks is not None:
+            return self.tasks.size(split)
+        if not self.split_sizes:
+            raise self._no_tasks()
+        if split not in self.split_sizes:
+            raise UnknownName(f"split of {type(self).__name__}", split, self.split_sizes, "opd-agents envs")
+        return self.split_sizes[split]
 
     # ---- inside ----
 
@@ -298,22 +330,45 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
             self._actions, self._digests = [], [self.state_digest()]
         return prompt
 
+    @property
+    def _listed_task(self) -> Task:
+        """The present task by its place in ``split_sizes``, which is what ``reset`` takes."""
+        if self._task is None:
+            raise gymnasium.error.ResetNeeded(f"{type(self).__name__}: call reset() first.")
+        return self._task
+
+    def _set_task(self, task: Task) -> None:
+        self._task = task
+        self._row = None if self.tasks is None else self.tasks.row(task)
+
     def _choose_task(self, options: dict[str, Any]) -> Task:
-        split = options.pop("split", next(iter(self.split_sizes)))
+        split = str(options.pop("split", next(iter(self.split_sizes), "train")))
         task_id = options.pop("task_id", None)
         if options:
             raise UserError(f"reset() knows no option {', '.join(options)}: options are task_id and split.")
-        if split not in self.split_sizes:
-            raise UnknownName("split", str(split), self.split_sizes, "opd-agents envs")
-        size = self.split_sizes[split]
+        size = self.split_size(split)
         if task_id is None:
             return Task(str(self.np_random.integers(size)), split)
-        name = str(task_id)
+        task = Task(str(task_id), split)
+        if self.tasks is not None and not task.id.isdecimal():
+            task = Task(self.tasks.find(split, task.id) or task.id, split)
+        self._require_task(task)
+        return task
+
+    def _require_task(self, task: Task) -> None:
+        size, name = self.split_size(task.split), task.id
         if not (name.isdecimal() and str(int(name)) == name and int(name) < size):
-            raise UserError(f"No task {name!r} in split {split!r}: its tasks are '0' to '{size - 1}'.")
-        return Task(name, split)
+            raise UserError(f"No task {name!r} in split {task.split!r}: its tasks are '0' to '{size - 1}'.")
+
+    def _no_tasks(self) -> UserError:
+        return UserError(
+            f"{type(self).__name__} has no task file: give one in `options: {{tasks: PATH}}`, by "
+            "`--option tasks=PATH`, or opd.make(id, tasks=PATH)."
+        )
 
     def _act(self, action: str) -> _Reply:
+        if self.text_only:
+            return _Reply([Message("user", self.on_text(action))])
         try:
             calls = parse_action(action)
         except BadAction as error:

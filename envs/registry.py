@@ -14,7 +14,9 @@ from typing import Any
 import gymnasium
 
 from opd_agents.envs.base import AgentEnv
+from opd_agents.envs.tasks import load_tasks
 from opd_agents.errors import EnvironmentContractError, UnknownName, UserError
+from opd_agents.plugins import load_object
 
 GROUP = "opd_agents.envs"  # entry points: the value is a module that calls register() when imported
 LISTED_BY = "opd-agents envs"
@@ -43,23 +45,28 @@ def register(id: str, entry_point: str, **kwargs: Any) -> None:
     _entry_points[id] = entry_point
 
 
-def make(id: str, **kwargs: Any) -> AgentEnv:
+def make(id: str, *, tasks: str | Path | None = None, **kwargs: Any) -> AgentEnv:
     """The environment ``id`` without any wrapper; ``kwargs`` go to its class.
 
-    Raises UnknownName, UserError for arguments that the class does not take or a class that cannot be
-    imported, EnvironmentContractError if it is no AgentEnv.
+    ``tasks`` is a JSONL file or a folder of the library `datasets`; see :class:`AgentEnv` for its rows.
+    Raises UnknownName, DataError for tasks that cannot be used, UserError for arguments that the class does
+    not take or a class that cannot be imported, EnvironmentContractError if it is no AgentEnv.
     """
     cls = _load_class(id)
     if not issubclass(cls, AgentEnv):
         raise EnvironmentContractError(f"{id}: {cls.__qualname__} is no opd_agents.envs.AgentEnv.")
     accepted = inspect.signature(cls.__init__).parameters
+    if "tasks" in accepted:
+        raise EnvironmentContractError(f"{id}: the argument `tasks` is every environment's task file.")
     takes_any = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     for name in kwargs:
         if name not in accepted and not takes_any:
-            known = ", ".join(list(accepted)[1:]) or "none"
+            known = ", ".join([*list(accepted)[1:], "tasks"])
             raise UserError(f"{id} takes no argument {name!r}; it takes {known}.")
     env = gymnasium.make(id, **kwargs)
     assert isinstance(env, AgentEnv)  # register() asked for no wrapper
+    if tasks is not None:
+        env.use_tasks(load_tasks(tasks))
     return env
 
 
@@ -126,14 +133,8 @@ def _load_class(id: str) -> type:
         _load_entry_points()
     if id not in _entry_points:
         raise UnknownName("environment", id, _entry_points, LISTED_BY)
-    module, name = _entry_points[id].split(":")
-    try:
-        found = vars(importlib.import_module(module)).get(name)
-    except ImportError as error:
-        raise UserError(f"{id}: its module {module} cannot be imported: {error}") from error
-    if not isinstance(found, type):
-        raise UserError(f"{id}: module {module} has no class {name}.")
-    return found
+    cls: type = load_object(_entry_points[id], id, "class")
+    return cls
 
 
 def _load_entry_points() -> None:
@@ -149,3 +150,4 @@ def _load_entry_points() -> None:
 
 
 register("opd_agents/OrderDesk-v0", "opd_agents.envs.orderdesk:OrderDesk")
+register("opd_agents/PromptTask-v0", "opd_agents.envs.prompt_task:PromptTask")

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from opd_agents.errors import AlignmentError
-from opd_agents.types import Trajectory
+from opd_agents.types import SpanKind, Trajectory, Turn
+
+KINDS = tuple(SpanKind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +20,9 @@ class Packed:
 
     ``rows[r]`` are the ids of a row, int64 [T_r]. For action token n: ``row[n]`` and ``position[n]`` (>= 1)
     say where it stands, ``target[n]`` is its id, ``behaviour[n]`` the log-prob it was sampled with (NaN where
-    the actor does not sample), ``turn[n]`` counts turns over the whole batch, ``episode[n]`` trajectories.
-    ``turns`` lists (trajectory, turn within it) of each counted turn.
+    the actor does not sample), ``turn[n]`` counts turns over the whole batch, ``episode[n]`` trajectories,
+    ``kind[n]`` indexes ``KINDS`` (-1: in no span). Forced ids stand in the rows only. ``turns`` lists
+    (trajectory, turn within it) of each counted turn.
     """
 
     rows: tuple[Tensor, ...]
@@ -29,6 +32,7 @@ class Packed:
     behaviour: Tensor
     turn: Tensor
     episode: Tensor
+    kind: Tensor
     turns: tuple[tuple[int, int], ...]
 
     @property
@@ -38,6 +42,10 @@ class Packed:
     def per_turn(self, values: Tensor) -> Tensor:
         """Sum of per-token ``values`` [N] over each turn: [number of turns]."""
         return torch.zeros(len(self.turns), dtype=values.dtype).index_add(0, self.turn, values)
+
+    def of_kinds(self, kinds: Sequence[SpanKind]) -> Tensor:
+        """Which tokens stand in spans of these kinds: bool [N]."""
+        return torch.isin(self.kind, torch.tensor([KINDS.index(kind) for kind in kinds]))
 
     def micro_batches(self, max_tokens: int, keep: Tensor | None = None) -> Iterator[MicroBatch]:
         """Padded batches of at most ``max_tokens`` (a longer row alone), rows of similar length together.
@@ -79,6 +87,11 @@ class MicroBatch:
     n_tokens: int
 
 
+_NONE = torch.zeros(0, dtype=torch.int64)
+EMPTY = MicroBatch(torch.zeros(1, 1, dtype=torch.int64), _NONE, _NONE, _NONE, 0)
+"""One position and no action token: a pass over it gives zeros."""
+
+
 def pack(trajectories: Sequence[Trajectory]) -> Packed:
     """Rows and action tokens of all trajectories, in their order.
 
@@ -92,6 +105,7 @@ def pack(trajectories: Sequence[Trajectory]) -> Packed:
     behaviour: list[float] = []
     turn_of: list[int] = []
     episode: list[int] = []
+    kind: list[int] = []
     turns: list[tuple[int, int]] = []
     for number, trajectory in enumerate(trajectories):
         for start, stop in trajectory.segments():
@@ -108,11 +122,14 @@ def pack(trajectories: Sequence[Trajectory]) -> Packed:
                         f"for {len(turn.action_ids)} ids."
                     )
                 ids += turn.context_ids
-                count = len(turn.action_ids)
+                kinds = _kinds(turn)
+                chosen = [i for i, one in enumerate(kinds) if one != KINDS.index(SpanKind.FORCED)]
+                count = len(chosen)
                 row += [len(rows)] * count
-                position += range(len(ids), len(ids) + count)
-                target += turn.action_ids
-                behaviour += turn.logprobs or [float("nan")] * count
+                position += [len(ids) + i for i in chosen]
+                target += [turn.action_ids[i] for i in chosen]
+                behaviour += [turn.logprobs[i] if turn.logprobs else float("nan") for i in chosen]
+                kind += [kinds[i] for i in chosen]
                 turn_of += [len(turns)] * count
                 episode += [number] * count
                 turns.append((number, index))
@@ -121,5 +138,14 @@ def pack(trajectories: Sequence[Trajectory]) -> Packed:
     return Packed(
         tuple(rows), torch.tensor(row, dtype=torch.int64), torch.tensor(position, dtype=torch.int64),
         torch.tensor(target, dtype=torch.int64), torch.tensor(behaviour, dtype=torch.float32),
-        torch.tensor(turn_of, dtype=torch.int64), torch.tensor(episode, dtype=torch.int64), tuple(turns),
+        torch.tensor(turn_of, dtype=torch.int64), torch.tensor(episode, dtype=torch.int64),
+        torch.tensor(kind, dtype=torch.int64), tuple(turns),
     )  # fmt: skip
+
+
+def _kinds(turn: Turn) -> list[int]:
+    """The span of each id of a turn's action."""
+    kinds = [-1] * len(turn.action_ids)
+    for span in turn.spans:
+        kinds[span.start : span.stop] = [KINDS.index(span.kind)] * (span.stop - span.start)
+    return kinds

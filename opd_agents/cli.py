@@ -16,7 +16,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -27,6 +27,7 @@ from typer.core import TyperGroup
 from opd_agents.errors import ConfigError, OpdError, UserError
 
 if TYPE_CHECKING:
+    from opd_agents.traces import Traces
     from opd_agents.types import Trajectory
 
 out = Console()
@@ -72,6 +73,14 @@ def _shipped(kind: str) -> str:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+
+
+Options = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option", metavar="KEY=VALUE", help="Make the environment with it: tasks=FILE; repeatable."
+    ),
+]
 
 
 @app.callback()
@@ -125,10 +134,13 @@ def train(
     Example: `opd-agents train orderdesk_opd trainer.steps=5 output=runs/try`
     """
     from opd_agents.config import load_config
+    from opd_agents.distributed import join_world
     from opd_agents.report import write_report
 
-    loaded = load_config(config, *overrides or ())
-    chosen = _seeds(seeds) if seeds is not None else None
+    world = join_world()
+    with world.errors_told_once():
+        loaded = load_config(config, *overrides or ())
+        chosen = _seeds(seeds) if seeds is not None else None
     from opd_agents import trainer  # late: a mistake in the config is told before torch is loaded
 
     runs = (
@@ -136,6 +148,8 @@ def train(
         if chosen
         else [trainer.train(loaded, resume=resume)]
     )
+    if not world.is_main:
+        return
     for run in runs:
         out.print(f"Run: {run}", soft_wrap=True)
     out.print(f"Report: {write_report(runs, loaded.folder / 'report.html')}", soft_wrap=True)
@@ -154,6 +168,8 @@ def evaluate(
         list[str], typer.Option(help="A checkpoint or run folder, expert or random; repeatable.")
     ],
     limit: Annotated[int | None, typer.Option(min=1, help="Only N tasks, one sample each.")] = None,
+    split: Annotated[str, typer.Option(help="Split that the tasks come from.")] = "test",
+    option: Options = None,
     folder: Annotated[Path | None, typer.Option("--out", help="Write trajectories and results here.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -165,7 +181,9 @@ def evaluate(
 
     # Libraries may print while policies load and play: with --json standard output holds the document alone.
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
-        result = evaluation.evaluate(suite, policies=policy, limit=limit, out=folder)
+        result = evaluation.evaluate(
+            suite, policies=policy, limit=limit, out=folder, split=split, options=_options(option)
+        )
     _print(result, evaluation.table(result), as_json)
 
 
@@ -178,6 +196,7 @@ def rollout(
     episodes: Annotated[int, typer.Option(min=1, help="How many episodes.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the tasks and of sampling.")] = 0,
     split: Annotated[str, typer.Option(help="Split that the tasks come from.")] = "train",
+    option: Options = None,
     watch: Annotated[bool, typer.Option("--watch", help="Show each episode turn by turn.")] = False,
     file: Annotated[Path | None, typer.Option("--out", help="Write the trajectories as JSON lines.")] = None,
 ) -> None:
@@ -189,7 +208,8 @@ def rollout(
     from opd_agents.types import to_dict
 
     show = _show_episode if watch else _show_outcome
-    played = play(env_id, policy, episodes=episodes, seed=seed, split=split, watch=show)
+    options = _options(option)
+    played = play(env_id, policy, episodes=episodes, seed=seed, split=split, options=options, watch=show)
     if file is not None:
         lines = [json.dumps({"trajectory": to_dict(t), "credit": [], "repair": None}) for t in played]
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -208,9 +228,10 @@ def envs(
     from opd_agents.envs import describe, list_envs
 
     rows = [describe(name) for name in ([env_id] if env_id else list_envs())]
+    shown = [row | {"splits": row["splits"] or "those of your task file"} for row in rows]
     _print(
         rows,
-        _details(rows[0]) if env_id else _listing(rows, "id", "family", "fork_mode", "splits", "extra"),
+        _details(shown[0]) if env_id else _listing(shown, "id", "family", "fork_mode", "splits", "extra"),
         as_json,
     )
 
@@ -248,6 +269,81 @@ def report(
     from opd_agents.report import write_report
 
     out.print(f"Report: {write_report(runs, file)}", soft_wrap=True)
+
+
+def _options(given: Sequence[str] | None) -> dict[str, Any]:
+    """``KEY=VALUE`` strings as the arguments of an environment; paths count from the working folder."""
+    from opd_agents.config import absolute_inputs, parse_overrides
+
+    return absolute_inputs(parse_overrides(given or ()), Path.cwd())
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder or a checkpoint.")],
+    to: Annotated[Path, typer.Option(help="The new folder.")],
+    best: Annotated[bool, typer.Option("--best", help="Of the best evaluation, not the newest.")] = False,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None, typer.Option(help="Of the weights; default: as they are.")
+    ] = None,
+) -> None:
+    """Write a trained model as a plain Hugging Face folder, LoRA merged into its base.
+
+    Example: `opd-agents export runs/quickstart --to models/student`
+    """
+    from opd_agents.export import export as write
+
+    out.print(f"Model: {to}, of {write(run, to, best=best, dtype=dtype)}", soft_wrap=True)
+
+
+Skip = Annotated[bool, typer.Option("--skip-bad", help="Leave out what cannot be used, and say why.")]
+
+
+@app.command("import-messages")
+def import_messages(
+    traces: Annotated[
+        Path, typer.Argument(metavar="TRACES", help="Chat messages: JSONL, or a saved dataset.")
+    ],
+    model: Annotated[str, typer.Option(help="The checkpoint whose tokens and chat template count.")],
+    file: Annotated[Path, typer.Option("--out", help="The file of trajectories to write.")],
+    split: Annotated[str | None, typer.Option(help="Split of the data, where it has several.")] = None,
+    skip_bad: Skip = False,
+) -> None:
+    """Turn recorded conversations into trajectories.
+
+    Example: `opd-agents import-messages traces.jsonl --model models/student --out trajectories.jsonl`
+    """
+    from opd_agents import traces as program
+
+    _told(program.import_messages(traces, file, model, split=split, skip_bad=skip_bad), file)
+
+
+@app.command("export-messages")
+def export_messages(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN|FILE", help="A run folder, or a file of trajectories.")
+    ],
+    file: Annotated[Path, typer.Option("--out", help="The JSONL file to write.")],
+    model: Annotated[
+        str | None, typer.Option(help="The checkpoint that wrote them; default: the run's.")
+    ] = None,
+    only_success: Annotated[bool, typer.Option("--only-success", help="Successful episodes only.")] = False,
+    skip_bad: Skip = False,
+) -> None:
+    """Turn trajectories into chat messages, OpenAI's format, to train on here or elsewhere.
+
+    Example: `opd-agents export-messages runs/quickstart --only-success --out messages.jsonl`
+    """
+    from opd_agents import traces as program
+
+    _told(program.export_messages(source, file, model, only_success=only_success, skip_bad=skip_bad), file)
+
+
+def _told(written: Traces, file: Path) -> None:
+    for reason in written.skipped:
+        err.print(f"skipped: {escape(reason)}", soft_wrap=True, highlight=False)
+    counts = f"{written.conversations} conversations, {written.turns} turns, {written.tokens} action tokens"
+    out.print(f"{file}: {counts}; {len(written.skipped)} skipped.", soft_wrap=True, highlight=False)
 
 
 def _seeds(text: str) -> list[int]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from opd_agents.batch import Packed
 from opd_agents.errors import AlignmentError
 from opd_agents.objectives import group_advantages, token_terms
+from opd_agents.plugins import CreditFunction, Reward
 from opd_agents.policies.models import head, hidden_states
 from opd_agents.teachers import HiddenStates
 from opd_agents.types import Actor, Credit, Outcome, Trajectory
@@ -25,6 +26,11 @@ class FrozenTerms:
     logprob: Tensor
     kl: Tensor | None = None
     teacher_logprob: Tensor | None = None
+
+    def summed(self, total: Callable[[Tensor], Tensor]) -> FrozenTerms:
+        """The terms of all ranks, each of which has scored its own tokens; ``total`` sums over ranks."""
+        teacher = (None if values is None else total(values) for values in (self.kl, self.teacher_logprob))
+        return FrozenTerms(total(self.logprob), *teacher)
 
     def extended(self, other: FrozenTerms) -> FrozenTerms:
         """These terms followed by those of further trajectories."""
@@ -44,14 +50,20 @@ class FrozenTerms:
 
 @torch.no_grad()
 def frozen_terms(
-    student: PreTrainedModel, packed: Packed, signal: HiddenStates | None, temperature: float, max_tokens: int
+    student: PreTrainedModel,
+    packed: Packed,
+    signal: HiddenStates | None,
+    temperature: float,
+    max_tokens: int,
+    keep: Tensor | None = None,
 ) -> FrozenTerms:
-    """Score every action token once at the current weights, at the sampling temperature."""
+    """Score every action token (of those where ``keep``, bool [N], holds; the others get 0) once at the
+    current weights, at the sampling temperature."""
     size = len(packed.target)
-    logprob, kl, teacher_logprob = torch.empty(size), torch.empty(size), torch.empty(size)
-    for micro in packed.micro_batches(max_tokens):
+    logprob, kl, teacher_logprob = torch.zeros(size), torch.zeros(size), torch.zeros(size)
+    for micro in packed.micro_batches(max_tokens, keep):
         mine = hidden_states(student, micro.ids)[micro.row, micro.column]
-        target = packed.target[micro.tokens]
+        target = packed.target[micro.tokens].to(mine.device)
         if signal is None:
             terms = token_terms(mine, head(student), None, None, target, kind=None, temperature=temperature)
         else:
@@ -61,9 +73,9 @@ def frozen_terms(
             )
             own = token_terms(theirs, signal.head, None, None, target, kind=None, temperature=temperature)
             assert terms.divergence is not None  # a kind was asked for
-            kl[micro.tokens] = terms.divergence.float()
-            teacher_logprob[micro.tokens] = own.logprob.float()
-        logprob[micro.tokens] = terms.logprob.float()
+            kl[micro.tokens] = terms.divergence.float().cpu()
+            teacher_logprob[micro.tokens] = own.logprob.float().cpu()
+        logprob[micro.tokens] = terms.logprob.float().cpu()
     return FrozenTerms(logprob) if signal is None else FrozenTerms(logprob, kl, teacher_logprob)
 
 
@@ -95,9 +107,10 @@ def check_behaviour(
     return worst
 
 
-def advantages(trajectories: Sequence[Trajectory], normalise: str) -> Tensor:
+def advantages(trajectories: Sequence[Trajectory], normalise: str, reward: Reward | None = None) -> Tensor:
     """Group-relative advantage of each trajectory [E]; 0 for branches, errors and ungrouped episodes.
 
+    ``reward`` of a trajectory is what is compared; None: what the environment gave.
     An unfinished episode counts with the reward that it has, an episode whose environment failed not at all.
     """
     names = {group: number for number, group in enumerate(sorted({t.group for t in trajectories}))}
@@ -108,7 +121,8 @@ def advantages(trajectories: Sequence[Trajectory], normalise: str) -> Tensor:
     ]
     result = torch.zeros(len(trajectories))
     if counted:
-        rewards = torch.tensor([trajectories[i].reward for i in counted], dtype=torch.float32)
+        given = [reward(trajectories[i]) if reward else trajectories[i].reward for i in counted]
+        rewards = torch.tensor(given, dtype=torch.float32)
         groups = torch.tensor([names[trajectories[i].group] for i in counted])
         result[counted] = group_advantages(rewards, groups, normalise=normalise)  # type: ignore[arg-type]
     return result
@@ -134,7 +148,7 @@ def assign_credit(
         credits[episode].append(
             Credit(
                 kl_sum=None if kl is None else float(kl[number]),
-                kl_mean=None if kl is None else float(kl[number] / count[number]),
+                kl_mean=None if kl is None else float(kl[number] / count[number].clamp(min=1)),
                 teacher_logprob=None if teacher is None else float(teacher[number]),
                 advantage={name: float(values[episode]) for name, values in rewards.items()},
                 correction=corrections.get((trajectory.uid, index)),
@@ -142,3 +156,28 @@ def assign_credit(
             )
         )
     return credits
+
+
+def with_factors(
+    packed: Packed,
+    trajectories: Sequence[Trajectory],
+    credits: Sequence[Sequence[Credit]],
+    functions: Mapping[str, CreditFunction],
+) -> list[list[Credit]]:
+    """The credits with the ``factors`` that each component's credit function gives."""
+    turns: list[list[int]] = [[] for _ in trajectories]
+    for episode, index in packed.turns:
+        turns[episode].append(index)
+    result = []
+    for trajectory, own, indices in zip(trajectories, credits, turns, strict=True):
+        given = {name: function(trajectory, own) for name, function in functions.items()} if own else {}
+        chosen = [{name: values[index] for name, values in given.items()} for index in indices]
+        result.append([replace(credit, factors=f) for credit, f in zip(own, chosen, strict=True)])
+    return result
+
+
+def factors(packed: Packed, credits: Sequence[Sequence[Credit]], component: str) -> Tensor:
+    """The factor of every action token [N] in a component that has a credit function."""
+    in_order = [iter(own) for own in credits]
+    by_turn = [next(in_order[episode]).factors[component] for episode, _ in packed.turns]
+    return torch.tensor(by_turn, dtype=torch.float32)[packed.turn]

@@ -4,6 +4,7 @@
     |-- UserError(ValueError)         the user's mistake: message says what, where, what to do; exit code 2
     |   |-- ConfigError               a config file, key, value or combination
     |   |-- UnknownName(LookupError)  an environment, method, suite, tool or policy that does not exist
+    |   |-- DataError                 a file of tasks or conversations that cannot be read, or one of its rows
     |   |-- CheckpointError           missing, unreadable, or of another vocabulary
     |   `-- RunFolderError            the output folder holds another run, or a resume would change it
     |-- EnvironmentContractError      an environment breaks the contract (its author's mistake)
@@ -43,6 +44,10 @@ class UnknownName(UserError, LookupError):
 
     def __reduce__(self) -> tuple[type[UnknownName], tuple[str, str, tuple[str, ...], str]]:
         return UnknownName, (self.kind, self.name, self.known, self.command)
+
+
+class DataError(UserError):
+    """Data of the user's that cannot be read or used; the message names the file, the row and the field."""
 
 
 class CheckpointError(UserError):

@@ -12,8 +12,16 @@ from opd_agents import envs
 from opd_agents.batch import Packed, pack
 from opd_agents.config import Component
 from opd_agents.correction import Repair, correct
-from opd_agents.credit import FrozenTerms, advantages, assign_credit, check_behaviour, frozen_terms
-from opd_agents.errors import EnvironmentContractError
+from opd_agents.credit import (
+    FrozenTerms,
+    advantages,
+    assign_credit,
+    check_behaviour,
+    frozen_terms,
+    with_factors,
+)
+from opd_agents.errors import AlignmentError, EnvironmentContractError
+from opd_agents.plugins import load_credit, load_reward
 from opd_agents.policies.models import forward_flops
 from opd_agents.session import Session
 from opd_agents.teachers import HiddenStates
@@ -22,17 +30,26 @@ from opd_agents.types import Actor, Credit, Trajectory
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """``signal`` and ``frozen`` belong to ``packed``, that to ``trajectories``: rollouts, then branches."""
+    """``signal`` and ``frozen`` belong to ``packed``, that to ``trajectories``: rollouts, then branches.
+
+    Of several ranks each has the same, but for ``signal``, which is filled only where ``owned`` (bool [N])
+    says that this rank scores and trains the token.
+    """
 
     trajectories: tuple[Trajectory, ...]
     packed: Packed
     signal: HiddenStates | None
     frozen: FrozenTerms | None
+    owned: Tensor
     repairs: tuple[Repair, ...] = ()
 
     @property
     def rollouts(self) -> tuple[Trajectory, ...]:
-        return tuple(trajectory for trajectory in self.trajectories if trajectory.branch is None)
+        return tuple(t for t in self.trajectories if t.branch is None and not t.recorded)
+
+    @property
+    def recorded(self) -> tuple[Trajectory, ...]:
+        return tuple(t for t in self.trajectories if t.recorded)
 
 
 def score(session: Session, trajectories: Sequence[Trajectory]) -> Experience:
@@ -42,24 +59,33 @@ def score(session: Session, trajectories: Sequence[Trajectory]) -> Experience:
     every episode failed.
     """
     config, packed = session.config, pack(trajectories)
-    if trajectories and all(trajectory.error for trajectory in trajectories):
+    played = [trajectory for trajectory in trajectories if not trajectory.recorded]
+    if played and all(trajectory.error for trajectory in played):
         raise EnvironmentContractError(
-            f"All {len(trajectories)} episodes of step {session.step + 1} failed; the first, "
-            f"{trajectories[0].task} of {trajectories[0].env_id}: {trajectories[0].error}"
+            f"All {len(played)} episodes of step {session.step + 1} failed; the first, "
+            f"{played[0].task} of {played[0].env_id}: {played[0].error}"
         )
-    tokens = config.trainer.micro_batch_tokens
-    signal = session.teacher.score(packed, tokens) if session.teacher and session.needs_signal else None
+    tokens, owned = config.trainer.micro_batch_tokens, session.world.owned(packed)
+    signal = (
+        session.teacher.score(packed, tokens, owned) if session.teacher and session.needs_signal else None
+    )
+    if signal is not None and len(signal.hidden) != len(packed.target):
+        raise AlignmentError(
+            f"The teacher gave {len(signal.hidden)} hidden states for {len(packed.target)} action tokens: it "
+            "must give one before every action token, in the order of the packed table."
+        )
     sampled = any(
         turn.logprobs is not None and turn.actor is Actor.STUDENT for t in trajectories for turn in t.turns
     )
     if not packed.turns or (signal is None and not sampled):
-        return Experience(tuple(trajectories), packed, signal, None)
-    frozen = frozen_terms(session.model, packed, signal, config.rollout.temperature, tokens)
+        return Experience(tuple(trajectories), packed, signal, None, owned)
+    frozen = frozen_terms(session.model, packed, signal, config.rollout.temperature, tokens, owned)
+    frozen = frozen.summed(session.world.sum)
     mean_context = packed.n_tokens / len(packed.rows) / 2
     session.totals["flops"] += forward_flops(session.model, packed.n_tokens, mean_context)
     tolerance = 1e-3 if config.student.dtype == "float32" else 0.2
     check_behaviour(packed, trajectories, frozen, session.step, tolerance)
-    return Experience(tuple(trajectories), packed, signal, frozen)
+    return Experience(tuple(trajectories), packed, signal, frozen, owned)
 
 
 def with_repairs(session: Session, experience: Experience) -> Experience:
@@ -75,7 +101,7 @@ def with_repairs(session: Session, experience: Experience) -> Experience:
         stream=(session.config.seed, session.step),
         token_budget=share / (1 - share) * rolled_out - totals["correction_tokens"],
         student=session.student_sampler, teacher=teacher.greedy, make=envs.make, chat=session.chat,
-        limits=session.limits, temperature=session.config.rollout.temperature,
+        limits=session.limits, temperature=session.config.rollout.temperature, world=session.world,
     )  # fmt: skip
     branches = [repair.branch for repair in repairs if repair.branch is not None]
     return _joined(experience, score(session, branches), tuple(repairs))
@@ -88,19 +114,26 @@ def _joined(experience: Experience, branches: Experience, repairs: tuple[Repair,
     if frozen and branches.frozen:
         frozen = frozen.extended(branches.frozen)
     trajectories = experience.trajectories + branches.trajectories
-    return Experience(trajectories, pack(trajectories), signal, frozen, repairs)
+    owned = torch.cat([experience.owned, branches.owned])
+    return Experience(trajectories, pack(trajectories), signal, frozen, owned, repairs)
 
 
 def credit(
     components: Mapping[str, Component], experience: Experience
 ) -> tuple[dict[str, Tensor], list[list[Credit]]]:
     """Group-relative advantages per policy component [E], and the credit of every action."""
+    trajectories = experience.trajectories
+    own = {n: load_reward(c.reward, f"loss.components.{n}.reward") for n, c in components.items() if c.reward}
     rewards = {
-        name: advantages(experience.trajectories, component.normalise)
+        name: advantages(trajectories, component.normalise, own.get(name))
         for name, component in components.items()
         if component.kind == "policy"
     }
     verdicts = {(r.parent.uid, r.turn): "accepted" if r.accepted else "rejected" for r in experience.repairs}
-    return rewards, assign_credit(
-        experience.packed, experience.trajectories, experience.frozen, rewards, verdicts
-    )
+    credits = assign_credit(experience.packed, trajectories, experience.frozen, rewards, verdicts)
+    functions = {
+        n: load_credit(c.credit, f"loss.components.{n}.credit") for n, c in components.items() if c.credit
+    }
+    if functions:
+        credits = with_factors(experience.packed, trajectories, credits, functions)
+    return rewards, credits

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from opd_agents.batch import MicroBatch, Packed
 from opd_agents.config import Component, Select
+from opd_agents.errors import AlignmentError
 from opd_agents.objectives import Kind, TokenTerms, ppo_surrogate, token_coefficients, token_terms
 from opd_agents.policies.models import head, hidden_states
 from opd_agents.schedules import value_at
@@ -38,7 +39,10 @@ class Plan:
 
 
 def selected(packed: Packed, trajectories: Sequence[Trajectory], select: Select) -> Tensor:
-    """Weight of every action token [N] for one component: the turn's weight where selected, else 0."""
+    """Weight of every action token [N] for one component: the turn's weight where selected, else 0.
+
+    Raises AlignmentError where tokens are to be selected by spans and a turn has none.
+    """
     weights = []
     for episode, index in packed.turns:
         trajectory, turn = trajectories[episode], trajectories[episode].turns[index]
@@ -48,7 +52,15 @@ def selected(packed: Packed, trajectories: Sequence[Trajectory], select: Select)
             and (select.outcome is None or trajectory.outcome is select.outcome)
         )
         weights.append(turn.weight if chosen else 0.0)
-    return torch.tensor(weights)[packed.turn]
+    result = torch.tensor(weights)[packed.turn]
+    if select.spans is None:
+        return result
+    if bool((packed.kind < 0).any()):
+        raise AlignmentError(
+            f"select.spans {[kind.value for kind in select.spans]}: some actions were recorded without spans,"
+            " so it is not known which of their tokens these are; roll out with a chat, or leave spans out."
+        )
+    return torch.where(packed.of_kinds(select.spans), result, torch.zeros(()))
 
 
 def plan(
@@ -86,10 +98,12 @@ def micro_losses(
     theirs, their_head = (signal.hidden[micro.tokens], signal.head) if signal else (None, None)
 
     def scored(kind: Kind | None, beta: float) -> TokenTerms:
-        target = packed.target[micro.tokens]
-        return token_terms(
+        target = packed.target[micro.tokens].to(hidden.device)
+        terms = token_terms(
             hidden, head(student), theirs, their_head, target, kind=kind, beta=beta, temperature=temperature
         )
+        distance = None if terms.divergence is None else terms.divergence.cpu()
+        return TokenTerms(distance, terms.logprob.cpu(), terms.entropy.cpu())  # with the packed table
 
     kinds = dict.fromkeys((c.divergence, c.beta) for c in plan.components.values() if c.kind == "distill")
     terms = {kind: scored(*kind) for kind in kinds}

@@ -21,8 +21,8 @@ class Interrupted(KeyboardInterrupt):
 class StopSignal:
     """Turns the first Ctrl-C into a request to stop after the step; a second one stops at once."""
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, *, tells: bool = True) -> None:
+        self.requested, self._tells = False, tells  # of several processes one tells
 
     def __enter__(self) -> StopSignal:
         # signals can only be handled in the main thread; elsewhere Ctrl-C keeps its usual meaning
@@ -41,7 +41,8 @@ class StopSignal:
             raise KeyboardInterrupt("Stopped at once; the newest checkpoint is that of an earlier step.")
         self.requested = True
         message = "Finishing this step and writing a checkpoint (Ctrl-C again stops at once)."
-        Console(stderr=True).print(message)
+        if self._tells:
+            Console(stderr=True).print(message)
 
 
 class Bar:
@@ -49,11 +50,11 @@ class Bar:
         self._progress, self._task = progress, task
 
     def update(self, row: Mapping[str, Any]) -> None:
-        kl = row.get("distill/kl")
+        kl, success = row.get("distill/kl"), row.get("rollout/success")
         self._progress.update(
             self._task,
             completed=row["progress"],
-            success=f"{row['rollout/success']:.0%}",
+            success="-" if success is None else f"{success:.0%}",
             kl="-" if kl is None else f"{kl:.3f}",
             speed=f"{row['tokens_per_second']:.0f}",
             step=row["step"],
@@ -61,13 +62,13 @@ class Bar:
 
 
 @contextmanager
-def progress_bar(config: RunConfig, step: int) -> Iterator[Bar]:
+def progress_bar(config: RunConfig, step: int, *, shown: bool = True) -> Iterator[Bar]:
     """Step, success of the rollouts, KL per token, tokens per second, time left; on standard error."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), TextColumn("step {task.fields[step]}"),
         TextColumn("success {task.fields[success]}"), TextColumn("KL {task.fields[kl]}"),
         TextColumn("{task.fields[speed]} tokens/s"), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
         task = progress.add_task(config.name, total=1.0, success="-", kl="-", speed="-", step=step)
         yield Bar(progress, task)

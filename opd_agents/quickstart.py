@@ -47,7 +47,7 @@ def run(output: Path, seed: int, compare: bool) -> Path:
     train(config, resume=True)
     cold, distilled = (stage.folder for stage in config.stages.values())
     teacher = config.stages["opd"].teacher
-    assert teacher is not None  # the shipped config has one
+    assert teacher is not None and teacher.model is not None  # the shipped config has one
     checkpoints = {
         "teacher": Path(teacher.model),
         "student_before": latest_checkpoint(cold),

@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 
 from opd_agents.chat import Chat
 from opd_agents.envs import AgentEnv
-from opd_agents.errors import AlignmentError
+from opd_agents.errors import AlignmentError, ConfigError
 from opd_agents.policies.base import Action, History, Policy
-from opd_agents.types import Branch, Message, Outcome, Span, StopReason, Task, Trajectory, Turn
+from opd_agents.types import Branch, Message, Outcome, Span, StopReason, Task, ToolCall, Trajectory, Turn
 
 R = TypeVar("R")
 
@@ -40,13 +40,15 @@ class Episode:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A branch point: ``env`` stands after ``turns`` (inherited, weight 0) and takes ``action`` first."""
+    """A branch point: ``env`` stands after ``turns`` (inherited, weight 0) and takes ``action`` first, for
+    which ``context_ids`` and ``starts_segment`` are as in its Turn."""
 
     env: AgentEnv
     branch: Branch
     turns: tuple[Turn, ...]
     opening: tuple[Message, ...]
-    context_ids: tuple[int, ...]  # between the inherited turns and the action
+    context_ids: tuple[int, ...]
+    starts_segment: bool
     action: Action
 
 
@@ -58,6 +60,7 @@ class Limits:
     max_context_tokens: int = 8192
     max_turns: int | None = None
     step_timeout: float | None = None
+    max_observation_tokens: int = 2048
 
 
 class _Worker:
@@ -95,9 +98,12 @@ class _Live:
         self.episode, self.chat, self.limits = episode, chat, limits
         self.turns: list[Turn] = []
         self.opening: tuple[Message, ...] = ()
+        self.messages: list[Message] = []  # after the opening; kept where the chat renders all of them anew
         self.context: tuple[int, ...] = ()  # ids to append before the next action
+        self.starts_segment = True  # the next action does: its context is the whole prompt
         self.ids: tuple[int, ...] = ()
         self.outcome: Outcome | None = None
+        self.exhausted: str | None = None
         self.error: str | None = None
         self.env: AgentEnv = None  # type: ignore[assignment]  # until it is made, which may fail
         self.digest = ""
@@ -118,13 +124,38 @@ class _Live:
 
     def _continue(self, start: Start) -> None:
         self.env, self.turns, self.opening = start.env, list(start.turns), start.opening
-        self.ids = tuple(i for turn in self.turns for i in (*turn.context_ids, *turn.action_ids))
+        if self.chat and self.chat.history == "template":
+            for turn in start.turns:
+                self._remember(turn, self.chat)
+        self.ids = () if start.starts_segment else segment_ids(self.turns)
+        self.starts_segment = start.starts_segment
         self._append(start.context_ids)
         self._step(start.action)
 
     def _append(self, ids: tuple[int, ...]) -> None:
         self.context = ids
         self.ids += ids
+
+    def _answered(self, turn: Turn, chat: Chat) -> None:
+        """The context of the next action."""
+        if chat.history == "append":
+            ended, end = _ended(turn.stop_reason), turn.action_ids[-1]
+            self._append(chat.suffix_ids(turn.messages, ended=ended, calls=turn.calls, end=end))
+            self.starts_segment = False
+            return
+        self._remember(turn, chat)
+        system, *opening = self.opening
+        prompt = chat.prompt_ids([*opening, *self.messages], self.env.tools, system.content)
+        self.starts_segment = prompt[: len(self.ids)] != self.ids
+        self.context = prompt if self.starts_segment else prompt[len(self.ids) :]
+        self.ids = prompt
+
+    def _remember(self, turn: Turn, chat: Chat) -> None:
+        said = chat.read_message(
+            turn.action_ids, ended=_ended(turn.stop_reason), context_ids=turn.context_ids,
+            tools=self.env.tools, text_only=self.env.text_only,
+        )  # fmt: skip
+        self.messages += [said, *turn.messages]
 
     def history(self) -> History:
         room = self.limits.max_context_tokens - len(self.ids)
@@ -136,9 +167,13 @@ class _Live:
 
     def over_budget(self) -> bool:
         """End the episode as unfinished when no room is left for another action."""
-        turns = self.limits.max_turns is not None and len(self.turns) >= self.limits.max_turns
-        if turns or len(self.ids) >= self.limits.max_context_tokens:
-            self.outcome = Outcome.UNFINISHED
+        most = self.limits.max_context_tokens
+        if len(self.ids) >= most:
+            self.outcome, self.exhausted = Outcome.UNFINISHED, "context"
+            if not self.turns:
+                self.error = f"the first prompt has {len(self.ids)} tokens, max_context_tokens is {most}"
+        elif self.limits.max_turns is not None and len(self.turns) >= self.limits.max_turns:
+            self.outcome, self.exhausted = Outcome.UNFINISHED, "turns"
         return self.outcome is not None
 
     def step(self, action: Action) -> None:
@@ -150,15 +185,18 @@ class _Live:
             and len(self.ids) + len(action.ids) >= self.limits.max_context_tokens
         ):
             action = dataclasses.replace(action, stop_reason=StopReason.CONTEXT)
-        turn, messages, success = execute(
-            self.env, self.chat, action, self.context, not self.turns, self._call
-        )
+        after = self.turns[-1].messages[-1:] if self.turns else ()
+        turn, success = execute(
+            self.env, self.chat, action, self.context, starts_segment=self.starts_segment,
+            after=after[0].role if after else "user", limits=self.limits, call=self._call,
+        )  # fmt: skip
         self.turns.append(turn)
         self.ids += turn.action_ids
         if turn.terminated or turn.truncated:
             self.outcome = _outcome(turn, success)
+            self.exhausted = "turns" if self.outcome is Outcome.UNFINISHED else None
         elif self.chat:
-            self._append(self.chat.suffix_ids(messages, ended=_ended(turn.stop_reason)))
+            self._answered(turn, self.chat)
 
     def _call(self, function: Callable[[], R]) -> R:
         if self._worker is None:
@@ -174,7 +212,7 @@ class _Live:
     def _guard(self, function: Callable[[], None]) -> None:
         try:
             function()
-        except AlignmentError:
+        except (AlignmentError, ConfigError):
             raise
         except Exception as error:  # the boundary: whatever an environment raises is this episode's data
             self.outcome = Outcome.ERROR
@@ -194,7 +232,7 @@ class _Live:
             task=episode.task, turns=tuple(self.turns), outcome=self.outcome or Outcome.UNFINISHED,
             reward=sum(turn.reward for turn in self.turns), group=episode.group, temperature=temperature,
             messages=self.opening, branch=episode.start.branch if episode.start else None, error=self.error,
-            final_digest=self.digest,
+            final_digest=self.digest, exhausted=self.exhausted,
         )  # fmt: skip
 
     def _read_digest(self) -> None:
@@ -217,34 +255,77 @@ def _outcome(last: Turn, succeeded: bool) -> Outcome:
     return Outcome.FAILURE if last.terminated else Outcome.UNFINISHED
 
 
+def segment_ids(turns: Sequence[Turn]) -> tuple[int, ...]:
+    """All ids of the segment that the last of ``turns`` stands in."""
+    start = max((index for index, turn in enumerate(turns) if turn.starts_segment), default=0)
+    return tuple(i for turn in turns[start:] for i in (*turn.context_ids, *turn.action_ids))
+
+
 def execute(
     env: AgentEnv,
     chat: Chat | None,
     action: Action,
     context_ids: tuple[int, ...],
+    *,
     starts_segment: bool,
-    call: Callable[[Callable[[], Any]], Any] = lambda function: function(),
-) -> tuple[Turn, tuple[Message, ...], bool]:
-    """Take one action in ``env``; returns the turn, the messages of its observation, and success."""
+    after: str,
+    limits: Limits,
+    call: Callable[[Callable[[], Any]], Any],
+) -> tuple[Turn, bool]:
+    """Take one action in ``env``, by ``call``; returns the turn and success. ``after`` is the role of the
+    message before the action."""
     ids, error = action.ids, None
     spans: tuple[Span, ...] = ()
     text = to_env = action.text or ""
     if ids and chat:
-        parsed = chat.parse(ids, ended=_ended(action.stop_reason))
+        parsed = chat.parse(
+            ids, ended=_ended(action.stop_reason), context_ids=context_ids, tools=env.tools,
+            forced=action.forced, text_only=env.text_only,
+        )  # fmt: skip
         text, to_env, error, spans = parsed.text, parsed.action, parsed.error, parsed.spans
     elif chat:
-        ids = chat.encode_action(to_env)
-        spans = chat.parse(ids, ended=True).spans
+        text_only = env.text_only
+        ids = chat.encode_action(to_env, after=after, tools=env.tools, text_only=text_only)
+        spans = chat.parse(
+            ids, ended=True, context_ids=context_ids, tools=env.tools, text_only=text_only
+        ).spans
     digest = call(env.state_digest)
     observation, reward, terminated, truncated, info = call(lambda: env.step(to_env))
+    messages = tuple(info["messages"])
+    if chat and (shown := chat.cut(messages, limits.max_observation_tokens)) != messages:
+        messages, observation = shown, "\n".join(message.content for message in shown)
     turn = Turn(
         context_ids=context_ids, action_ids=ids, logprobs=action.logprobs, actor=action.actor,
         policy_version=action.policy_version, text=text, action=to_env, observation=observation,
         reward=float(reward), terminated=terminated, truncated=truncated, stop_reason=action.stop_reason,
         state_digest=digest, calls=info["calls"], parse_error=error or info["parse_error"],
-        tool_error=info["tool_error"], spans=spans, starts_segment=starts_segment,
+        tool_error=info["tool_error"], spans=spans, starts_segment=starts_segment, messages=messages,
     )  # fmt: skip
-    return turn, tuple(info["messages"]), info.get("success", False)
+    return turn, info.get("success", False)
+
+
+def check_conversation(
+    episode: Episode, *, make: Callable[..., AgentEnv], chat: Chat, limits: Limits
+) -> None:
+    """Begin ``episode`` and leave it, to find out before a run what would fail in each of its episodes.
+
+    Raises ConfigError where the chat's template cannot carry this environment's messages, or the first
+    prompt leaves no room for an action. An environment that fails is the rollout's matter.
+    """
+    live = _Live(episode, make, chat, limits)
+    try:
+        if live.outcome is None:
+            chat.suffix_ids([Message("user", "-")], ended=True)
+            for tool in live.env.tools[:1]:
+                chat.suffix_ids([Message("tool", "-")], ended=True, calls=[ToolCall(tool.name, {})])
+            if live.over_budget() and live.exhausted == "context":
+                raise ConfigError(
+                    f"Task {episode.task.id!r} of {episode.env_id}: {live.error}. Raise"
+                    " rollout.max_context_tokens, shorten the system prompt (chat.system), or leave such"
+                    " tasks out."
+                )
+    finally:
+        live.finish(temperature=1.0)
 
 
 def rollout(

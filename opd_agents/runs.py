@@ -17,6 +17,7 @@ from opd_agents.errors import CheckpointError, RunFolderError
 from opd_agents.types import to_json
 
 PARTIAL = ".partial-"  # names of what is being written or removed; a kill may leave them behind
+BEST, FORMER_BEST = "best", ".former-best"
 
 
 class RunFolder:
@@ -24,10 +25,14 @@ class RunFolder:
 
     A folder with nothing but a config, of a run that was refused when it began, counts as none. Resuming a
     folder that is empty or does not exist starts the run. Raises RunFolderError.
+
+    Of several processes one ``writes``: for the others the folder stands already, and they leave it alone.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any], *, resume: bool) -> None:
-        self.path = path
+    def __init__(self, path: Path, config: Mapping[str, Any], *, resume: bool, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
+        if not writes:
+            return
         text = yaml.safe_dump(dict(config), sort_keys=False)  # the order of stages counts
         stored = path / "config.yaml"
         started = stored.is_file() and any(f.is_file() and f.name != "config.yaml" for f in path.rglob("*"))
@@ -62,20 +67,52 @@ class RunFolder:
         on a full disk; the older ones are then still there.
         """
         final = self.path / "checkpoints" / f"step-{step}"
-        partial = final.with_name(f"{PARTIAL}step-{step}")
+        if not self.writes:
+            return final
         if not final.exists():
-            _write_folder(partial, write)
-            os.replace(partial, final)
-            _sync(final.parent)
-        for old in self.checkpoints()[:-keep_last]:
-            os.replace(old, partial)
-            shutil.rmtree(partial)
+            write_folder(final, write)
+        for old in (*self.checkpoints()[:-keep_last], self.path / FORMER_BEST):
+            _discard(old)
         return final
 
+    def best(self) -> dict[str, Any] | None:
+        """The evaluation of the weights in ``best/``, with their ``step``; None before there are any."""
+        file = self.path / BEST / "evaluation.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def save_best(self, result: Mapping[str, Any], write: Callable[[Path], None]) -> None:
+        """Weights and their evaluation (``result``, with a ``step``) in place of those in ``best/``.
+
+        What was there as of the newest checkpoint stays aside until the next one is written: a resume forgets
+        all steps past a checkpoint, and ``best/`` must then be what it was.
+        """
+
+        def write_all(folder: Path) -> None:
+            write(folder)
+            (folder / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+        old, checkpoints = self.best(), self.checkpoints()
+        partial = self.path / f"{PARTIAL}new-{BEST}"
+        _write_folder(partial, write_all)
+        if old is not None and old["step"] <= (_number(checkpoints[-1]) if checkpoints else 0):
+            os.replace(self.path / BEST, self.path / FORMER_BEST)
+        _discard(self.path / BEST)
+        os.replace(partial, self.path / BEST)
+        _sync(self.path)
+
     def truncate(self, step: int) -> None:
-        """Forget metrics and trajectories past ``step``: they are computed again, to the same values."""
-        for partial in (self.path / "checkpoints").glob(f"{PARTIAL}*"):
+        """Forget metrics, trajectories and best weights past ``step``: they are computed again, to the same
+        values."""
+        if not self.writes:
+            return
+        for partial in (*self.path.glob(f"{PARTIAL}*/"), *(self.path / "checkpoints").glob(f"{PARTIAL}*")):
             shutil.rmtree(partial)
+        if (best := self.best()) is not None and best["step"] > step:
+            _discard(self.path / BEST)
+        if (self.path / BEST).exists():
+            _discard(self.path / FORMER_BEST)
+        elif (self.path / FORMER_BEST).exists():
+            os.replace(self.path / FORMER_BEST, self.path / BEST)
         metrics = self.path / "metrics.jsonl"
         if metrics.is_file():
             kept = [line for line in metrics.read_text().splitlines() if _step_of(line) <= step]
@@ -86,9 +123,20 @@ class RunFolder:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """One flat line of metrics; NaN and infinity become null."""
+        if not self.writes:
+            return
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean) + "\n")
+
+    def save_trajectories(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        if self.writes:
+            save_trajectories(self.path, f"step-{step:06d}", rows)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """The last that a run writes."""
+        if self.writes:
+            write_whole(self.path / "summary.json", json.dumps(summary, indent=1) + "\n")
 
 
 def save_trajectories(folder: Path, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -97,23 +145,53 @@ def save_trajectories(folder: Path, name: str, rows: Iterable[Mapping[str, Any]]
 
 
 def checkpoints_in(path: Path) -> list[Path]:
-    return sorted((path / "checkpoints").glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+    return sorted((path / "checkpoints").glob("step-*"), key=_number)
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def latest_checkpoint(path: Path) -> Path:
     """The newest checkpoint of a run folder (of its last stage that has one), or ``path`` itself if it is a
     checkpoint. Raises CheckpointError."""
-    if (path / "config.json").is_file():
+    if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
         return path
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder. Give a checkpoint, or a run folder that holds one.")
-    found = checkpoints_in(path)
-    if not found and (path / "config.yaml").is_file():
-        stages = yaml.safe_load((path / "config.yaml").read_text()).get("stages") or {}
-        found = [checkpoint for stage in stages for checkpoint in checkpoints_in(path / stage)[-1:]]
+    found = [checkpoint for stage in _with_stages(path) for checkpoint in checkpoints_in(stage)[-1:]]
     if not found:
-        raise CheckpointError(f"{path} holds neither a model (config.json) nor checkpoints of a run.")
+        raise CheckpointError(
+            f"{path} holds neither a model (config.json or adapter_config.json) nor checkpoints of a run."
+        )
     return found[-1]
+
+
+def best_checkpoint(path: Path) -> Path:
+    """The weights of a run folder (of its last stage that has them) with the best evaluation. Raises
+    CheckpointError."""
+    found = [stage / BEST for stage in _with_stages(path) if (stage / BEST).is_dir()]
+    if not found:
+        raise CheckpointError(
+            f"{path} holds no {BEST}/: a run keeps its best weights if it has an `evaluation` and "
+            "trainer.keep_best. Without --best the newest checkpoint is taken."
+        )
+    return found[-1]
+
+
+def _with_stages(path: Path) -> list[Path]:
+    """A run folder, or those of its stages in their order."""
+    config = path / "config.yaml"
+    stages = (yaml.safe_load(config.read_text()).get("stages") or {}) if config.is_file() else {}
+    return [path / stage for stage in stages] or [path]
+
+
+def write_folder(final: Path, write: Callable[[Path], None]) -> None:
+    """``write`` a folder beside its place, which may be empty, and rename it. Raises OSError."""
+    partial = final.with_name(f"{PARTIAL}{final.name}")
+    _write_folder(partial, write)
+    os.replace(partial, final)
+    _sync(final.parent)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -121,6 +199,14 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(f"{PARTIAL}{path.name}")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def _discard(folder: Path) -> None:
+    """Remove a folder, if there is one, so that a kill leaves it whole or not at all."""
+    if folder.exists():
+        partial = folder.with_name(f"{PARTIAL}{folder.name}")
+        os.replace(folder, partial)
+        shutil.rmtree(partial)
 
 
 def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:

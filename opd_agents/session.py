@@ -3,39 +3,48 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from opd_agents import envs
 from opd_agents.chat import Chat, build_word_tokenizer
-from opd_agents.config import ChatSettings, EnvironmentSource, Recorded, RunConfig
-from opd_agents.errors import AlignmentError
+from opd_agents.config import ChatSettings, EnvironmentSource, Recorded, RunConfig, Student
+from opd_agents.distributed import ALONE, World
+from opd_agents.errors import ConfigError, RunFolderError
 from opd_agents.evaluation import load_suite
-from opd_agents.optimizers import build_optimizers, set_learning_rate
+from opd_agents.optimizers import ModelOptimizer
+from opd_agents.plugins import load_object
 from opd_agents.policies import ExpertPolicy, MixturePolicy, Policy
+from opd_agents.policies.adapters import adapter_base, add_adapter, train_adapter
 from opd_agents.policies.models import (
     build_model,
-    check_vocabulary,
-    head,
-    hidden_states,
+    check_projection,
+    fit_vocabulary,
     load_chat,
+    load_merged,
     load_model,
     load_tokenizer,
     save_checkpoint,
 )
+from opd_agents.policies.recomputation import prepare_recomputation
 from opd_agents.policies.sampler import TransformersSampler
-from opd_agents.rollout import Limits, rollout
+from opd_agents.recordings import Recordings, read_conversations, refuse_bad, texts
+from opd_agents.rollout import Episode, Limits, check_conversation, rollout
+from opd_agents.rows import read_rows
 from opd_agents.runs import RunFolder, checkpoints_in, latest_checkpoint
 from opd_agents.schedules import value_at
+from opd_agents.sharding import Trained, shard, whole_state
 from opd_agents.tasks import draw_episodes, split_sizes
-from opd_agents.teachers.local import LocalTeacher
-from opd_agents.types import Actor
+from opd_agents.teachers import Teacher
+from opd_agents.teachers.local import LocalTeacher, SelfTeacher
+from opd_agents.teachers.plug_in import make_teacher, teacher_class
+from opd_agents.types import Actor, SpanKind, to_json
 
 TOTALS = ("generated_tokens", "correction_tokens", "teacher_tokens", "flops", "seconds")
 TOKENIZER_EPISODES = 500  # expert episodes that a fresh tokenizer's vocabulary is read from
@@ -48,10 +57,13 @@ class Session:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     chat: Chat
-    teacher: LocalTeacher | None
+    teacher: Teacher | None
     task_counts: list[int]
-    optimizers: list[Optimizer]
+    optimizer: ModelOptimizer
     student_sampler: TransformersSampler
+    recordings: Recordings | None
+    trained: Trained  # what the updates change: ``model`` itself, or its copy divided among the ranks
+    world: World
     step: int = 0
     updates: int = 0
     totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TOTALS, 0))
@@ -59,14 +71,13 @@ class Session:
     evaluation: dict[str, Any] | None = None  # the newest
 
     def __post_init__(self) -> None:
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         rollout = self.config.rollout
         self.limits = Limits(
-            rollout.max_tokens_per_turn, rollout.max_context_tokens, rollout.max_turns, rollout.step_timeout
-        )
+            rollout.max_tokens_per_turn, rollout.max_context_tokens, rollout.max_turns, rollout.step_timeout,
+            rollout.max_observation_tokens,
+        )  # fmt: skip
         self.behaviour = self._behaviour()
-        distils = any(component.kind == "distill" for component in self.config.loss.components.values())
-        self.needs_signal = distils or self.config.correction is not None
+        self.needs_signal = needs_signal(self.config)
         self._counted = {"teacher_tokens": 0, "flops": 0}  # of the counters below, in the totals already
 
     def _behaviour(self) -> Policy:
@@ -94,10 +105,7 @@ class Session:
         return warmup * value_at(trainer.learning_rate, self.progress)
 
     def optimizer_step(self) -> None:
-        set_learning_rate(self.optimizers, self.learning_rate)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step(self.learning_rate)
         self.updates += 1
 
     def advance(self, generated_tokens: int, correction_tokens: int) -> None:
@@ -111,7 +119,7 @@ class Session:
         if self.teacher is not None:
             counted = {"teacher_tokens": self.teacher.tokens, "flops": counted["flops"] + self.teacher.flops}
         for key, value in counted.items():
-            self.totals[key] += value - self._counted[key]
+            self.totals[key] += self.world.total(value - self._counted[key])
         self._counted = counted
 
     def evaluation_row(self) -> dict[str, float]:
@@ -122,37 +130,75 @@ class Session:
             "eval/success_greedy": result["success_greedy"],
         }  # fmt: skip
 
-    def save(self, folder: Path) -> None:
-        """A Hugging Face checkpoint plus what a resume needs."""
-        settings = {"kwargs": self.chat.kwargs, "system": self.chat.system}
+    def save_weights(self, folder: Path) -> None:
+        """A Hugging Face checkpoint with the chat that it speaks."""
         self.tokenizer.chat_template = self.chat.template  # also when the config gave another one
-        save_checkpoint(folder, self.model, self.tokenizer, settings)
+        save_checkpoint(folder, self.model, self.tokenizer, self.chat.settings)
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's as one process would have it; on ranks that write nothing without its tensors."""
+        state, world = self.optimizer.state_dict(), self.world
+        return state if world.size == 1 else whole_state(state, kept=world.is_main)
+
+    @property
+    def data_sizes(self) -> list[int]:
+        """Tasks of each environment; with recordings, then their conversations."""
+        return self.task_counts + ([len(self.recordings.rows)] if self.recordings else [])
+
+    def save(self, folder: Path, optimizer_state: Mapping[str, Any]) -> None:
+        """The weights plus what a resume needs, in a world of whatever size."""
+        self.save_weights(folder)
         with (folder / "optimizer.pt").open("wb") as file:  # a file, so that a full disk is told as one
-            torch.save([optimizer.state_dict() for optimizer in self.optimizers], file)
+            torch.save(optimizer_state, file)
         counts = {"step": self.step, "updates": self.updates, "totals": self.totals}
         state = counts | {"evaluation_at_start": self.evaluation_at_start, "evaluation": self.evaluation}
+        state |= {"data_sizes": self.data_sizes}
         (folder / "trainer.json").write_text(json.dumps(state), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
         state = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+        if state["data_sizes"] != self.data_sizes:  # its epochs would skip some rows and repeat others
+            raise RunFolderError(
+                f"{folder}: the run drew from data of {state['data_sizes']} tasks or conversations, which "
+                f"now has {self.data_sizes}. Put the files back as they were, or start another run."
+            )
         self.step, self.updates, self.totals = state["step"], state["updates"], state["totals"]
         self.evaluation_at_start, self.evaluation = state["evaluation_at_start"], state["evaluation"]
         self.student_sampler.policy_version = self.step
-        for optimizer, saved in zip(self.optimizers, torch.load(folder / "optimizer.pt"), strict=True):
-            optimizer.load_state_dict(saved)
+        self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu"))
+
+
+def needs_signal(config: RunConfig) -> bool:
+    """Whether the teacher scores the trajectories, or at most acts."""
+    distils = any(component.kind == "distill" for component in config.loss.components.values())
+    return distils or config.correction is not None
 
 
 def check_inputs(config: RunConfig) -> None:
     """Raise UserError for what a stage names and does not exist, before a folder is made or a step taken."""
+    _check_plugins(config)
     split_sizes(config.environments)
+    if isinstance(source := config.rollout.source, Recorded):
+        rows = read_rows(source.dataset, source.split)
+        refuse_bad(read_conversations(rows), len(rows))
     if config.evaluation:
         split, measured = config.evaluation.split, load_suite(config.evaluation.suite).environments
         split_sizes([EnvironmentSource(id=e.id, options=e.options, split=split) for e in measured])
-    student, paths = config.student, [config.teacher.model if config.teacher else None]
+    student, teacher = config.student, config.teacher
+    paths = [teacher.model if teacher and teacher.kind == "local" else None]
     if not checkpoints_in(config.folder):
         paths.append(student.build.tokenizer if student.build else student.model)
     for path in filter(None, paths):
         load_tokenizer(newest_checkpoint(path))
+
+
+def _check_plugins(config: RunConfig) -> None:
+    for name, component in config.loss.components.items():
+        for key, reference in (("reward", component.reward), ("credit", component.credit)):
+            if reference is not None:
+                load_object(reference, f"loss.components.{name}.{key}")
+    if config.teacher and config.teacher.kind not in ("local", "self"):
+        teacher_class(config.teacher, needs_signal=needs_signal(config))
 
 
 def newest_checkpoint(path: str) -> str:
@@ -163,69 +209,117 @@ def newest_checkpoint(path: str) -> str:
     return path if may_be_id and not local.exists() else str(latest_checkpoint(local))
 
 
-def load_session(config: RunConfig, folder: RunFolder) -> Session:
+def load_session(config: RunConfig, folder: RunFolder, world: World = ALONE) -> Session:
     """Everything a stage needs, from its start or from the folder's newest checkpoint."""
     checkpoints = folder.checkpoints()
     model, tokenizer, chat = _student(config, str(checkpoints[-1]) if checkpoints else None)
     check_projection(model, config.student.dtype)
-    teacher = None
-    if config.teacher is not None:
-        path = newest_checkpoint(config.teacher.model)
-        teacher = LocalTeacher(path, chat, dtype=config.teacher.dtype, temperature=config.rollout.temperature)
+    _check_spans(config, chat)
+    if config.trainer.gradient_checkpointing:
+        prepare_recomputation(model)
+    teacher = _teacher(config, model, chat)
+    source = config.rollout.source
+    recordings = Recordings(config, source, chat) if isinstance(source, Recorded) else None
+    trained = shard(model, world)
     session = Session(
         config, folder, model, tokenizer, chat, teacher, split_sizes(config.environments),
-        build_optimizers(model, config.trainer.optimizer, config.trainer.weight_decay),
-        TransformersSampler(model, chat.end_ids, actor=Actor.STUDENT, temperature=config.rollout.temperature),
+        ModelOptimizer(trained.model, config.trainer.optimizer, config.trainer.weight_decay),
+        TransformersSampler(
+            model, chat.end_ids, actor=Actor.STUDENT, temperature=config.rollout.temperature,
+            thinking=chat.thinking,
+        ),
+        recordings, trained, world,
     )  # fmt: skip
+    _check_conversations(session)
     if checkpoints:
         session.load(checkpoints[-1])
     return session
+
+
+def _check_conversations(session: Session) -> None:
+    """Begin an episode of each environment, so that a template that cannot carry it is refused now."""
+    first: dict[str, Episode] = {}
+    for episode in draw_episodes(session.config, 0, session.task_counts):
+        first.setdefault(to_json([episode.env_id, episode.env_kwargs]), episode)
+    for episode in first.values():
+        check_conversation(episode, make=envs.make, chat=session.chat, limits=session.limits)
+
+
+def _check_spans(config: RunConfig, chat: Chat) -> None:
+    for name, component in config.loss.components.items():
+        if component.select.spans == [SpanKind.THINK] and chat.thought is None:
+            raise ConfigError(
+                f"loss.components.{name}.select.spans: think alone, but the chat template marks no thought,"
+                " so that the component would see nothing; leave it out."
+            )
+
+
+def _teacher(config: RunConfig, student: PreTrainedModel, chat: Chat) -> Teacher | None:
+    teacher, temperature = config.teacher, config.rollout.temperature
+    if teacher is None:
+        return None
+    if teacher.kind == "self":
+        return SelfTeacher(student, chat, temperature=temperature)
+    if teacher.kind == "local":
+        path = newest_checkpoint(str(teacher.model))
+        return LocalTeacher(path, chat, dtype=teacher.dtype, temperature=temperature)
+    own = teacher.model  # not always a checkpoint: what it is, its class knows
+    own = newest_checkpoint(own) if own and Path(own).exists() else own
+    return make_teacher(teacher, own, chat, temperature=temperature, needs_signal=needs_signal(config))
 
 
 def _student(
     config: RunConfig, checkpoint: str | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Chat]:
     chat = config.chat
-    settings: dict[str, Any] = {"template": chat.template, "kwargs": chat.kwargs, "system": chat.system}
+    settings = chat.model_dump()
     build = config.student.build
     if checkpoint is None and build is not None:
+        if config.student.lora is not None:
+            raise ConfigError(
+                "student.lora trains an adapter of a frozen model, and a fresh one (student.build) knows "
+                "nothing: give the checkpoint to adapt as student.model."
+            )
         shared = build.tokenizer
         tokenizer = load_tokenizer(newest_checkpoint(shared)) if shared else _fresh_tokenizer(config)
-        model = build_model(build.model_type, build.config, tokenizer, config.seed)
+        model = build_model(build.model_type, build.config, tokenizer, config.seed, config.student.dtype)
         return model, tokenizer, Chat(tokenizer, **settings)
     path = checkpoint or newest_checkpoint(str(config.student.model))
-    tokenizer, model = load_tokenizer(path), load_model(path, config.student.dtype)
-    check_vocabulary(model, tokenizer, path)
+    tokenizer, model = load_tokenizer(path), _weights(path, config.student, config.seed)
+    fit_vocabulary(model, tokenizer, path)
     return model, tokenizer, load_chat(path, tokenizer, settings if chat != ChatSettings() else None)
 
 
+def _weights(path: str, student: Student, seed: int) -> PreTrainedModel:
+    """The weights of a checkpoint, all of them or those of an adapter to be trained. An adapter of an earlier
+    stage is trained further, or becomes part of a model that is trained whole."""
+    if student.lora is None:
+        return load_merged(path, student.dtype)
+    model = load_model(path, student.dtype)
+    if adapter_base(path) is None:
+        add_adapter(model, student.lora, seed)
+    else:
+        train_adapter(model, student.lora, path)
+    return model
+
+
 def _fresh_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    """A word-level tokenizer read off the scripted expert's episodes of the training split."""
+    """A word-level tokenizer read off the recordings and off the scripted experts' training episodes."""
+    samples: list[str] = []
+    if isinstance(source := config.rollout.source, Recorded):
+        samples += texts(read_rows(source.dataset, source.split))
+        experts = [e for e in config.environments if envs.make(e.id, **e.options).has_expert]
+        config = config.model_copy(update={"environments": experts})
+    return build_word_tokenizer(samples + _expert_texts(config))
+
+
+def _expert_texts(config: RunConfig) -> list[str]:
     sizes = split_sizes(config.environments)
-    draw = config.model_copy(
-        update={
-            "rollout": config.rollout.model_copy(
-                update={"episodes_per_step": TOKENIZER_EPISODES, "group_size": 1}
-            )
-        }
-    )
+    many = {"episodes_per_step": TOKENIZER_EPISODES, "group_size": 1, "source": "expert"}
+    draw = config.model_copy(update={"rollout": config.rollout.model_copy(update=many)})
     episodes = draw_episodes(draw, 0, sizes)
     trajectories = rollout(
         episodes, ExpertPolicy(), make=envs.make, chat=None, limits=Limits(), temperature=1.0
     )
-    texts = [m.content for t in trajectories for m in t.messages if m.role == "user"]
-    texts += [text for t in trajectories for turn in t.turns for text in (turn.action, turn.observation)]
-    return build_word_tokenizer(texts)
-
-
-def check_projection(model: PreTrainedModel, dtype: str) -> None:
-    """Head on last hidden states must give ``model(...).logits`` (a soft cap or scaling would not)."""
-    ids = torch.arange(min(16, model.config.vocab_size))[None]
-    with torch.no_grad():
-        ours = head(model)(hidden_states(model, ids)).float()
-        gap = float((ours - model(input_ids=ids).logits.float()).abs().max())
-    if gap > (1e-4 if dtype == "float32" else 0.1):
-        raise AlignmentError(
-            f"{type(model).__name__}: the head on the last hidden states differs by {gap:.3g} from the "
-            "model's own logits, so token losses would be of another model."
-        )
+    prompts = [m.content for t in trajectories for m in t.messages if m.role == "user"]
+    return prompts + [x for t in trajectories for turn in t.turns for x in (turn.action, turn.observation)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from opd_agents.correction import Repair
 from opd_agents.evaluation.metrics import invalid_calls
 from opd_agents.experience import Experience
 from opd_agents.session import Session
-from opd_agents.types import Actor, Credit, Outcome, Trajectory
+from opd_agents.types import Actor, Credit, Outcome, SpanKind, Trajectory
 
 
 def step_metrics(
@@ -23,28 +24,29 @@ def step_metrics(
     before: Mapping[str, float],
     seconds: float,
 ) -> dict[str, Any]:
-    """Means are per episode; ``distill/kl`` is the mean KL(student || teacher) in nats per student token."""
+    """Means are per episode; ``distill/kl`` is the mean KL(student || teacher) in nats per student token,
+    ``distill/kl_think`` (call, text, special) that per token of one kind of span, ``recorded/kl`` that per
+    recorded token. ``rollout/think_tokens`` and the like count what models wrote in this step's episodes,
+    ``rollout/forced_tokens`` what a thinking budget put there beside it."""
     trajectories, rolled = experience.trajectories, experience.rollouts
-    packed, frozen, repairs = experience.packed, experience.frozen, experience.repairs
-    n = len(rolled)
+    frozen, repairs = experience.frozen, experience.repairs
     generated = session.totals["generated_tokens"] - before["generated_tokens"]
     row: dict[str, Any] = {
         "step": session.step,
         "progress": min(1.0, session.progress),
-        "rollout/episodes": n,
-        "rollout/success": sum(t.success for t in rolled) / n,
-        "rollout/reward": sum(t.reward for t in rolled) / n,
-        "rollout/turns": sum(len(t.turns) for t in rolled) / n,
-        "rollout/invalid_calls": sum(map(invalid_calls, rolled)) / n,
-        "rollout/errors": sum(t.outcome is Outcome.ERROR for t in rolled),
-        "rollout/unfinished": sum(t.outcome is Outcome.UNFINISHED for t in rolled) / n,
+        "rollout/episodes": len(rolled),
+        **_episode_means(rolled),
         "rollout/generated_tokens": generated,
+        **_span_tokens(rolled),
+        **_recorded(session, experience),
         **losses,
     }
     if frozen is not None and frozen.kl is not None:
-        by_turn = [trajectories[e].turns[t].actor is Actor.STUDENT for e, t in packed.turns]
-        student = torch.tensor(by_turn)[packed.turn]
-        row["distill/kl"] = float(frozen.kl[student].mean()) if bool(student.any()) else None
+        row["distill/kl"] = _mean_kl(experience, frozen.kl, Actor.STUDENT)
+        by_kind = {kind: _mean_kl(experience, frozen.kl, Actor.STUDENT, kind) for kind in SpanKind}
+        row |= {f"distill/kl_{kind}": value for kind, value in by_kind.items() if value is not None}
+        if session.recordings is not None:
+            row["recorded/kl"] = _mean_kl(experience, frozen.kl, Actor.CORPUS)
     for values in rewards.values():
         groups = {t.group: False for t in rolled}
         for trajectory, advantage in zip(trajectories, values.tolist(), strict=True):
@@ -64,6 +66,55 @@ def step_metrics(
         "seconds": seconds,
         "total/seconds": session.totals["seconds"] + seconds,
         "tokens_per_second": generated / seconds,
+    }
+
+
+def _span_tokens(rolled: Sequence[Trajectory]) -> dict[str, int]:
+    """Sampled and forced tokens of each kind of span that occurs."""
+    counts: Counter[SpanKind] = Counter()
+    for turn in (turn for t in rolled for turn in t.turns if turn.logprobs is not None):
+        for span in turn.spans:
+            counts[span.kind] += span.stop - span.start
+    return {f"rollout/{kind}_tokens": counts[kind] for kind in SpanKind if counts[kind]}
+
+
+def _mean_kl(experience: Experience, kl: Tensor, actor: Actor, kind: SpanKind | None = None) -> float | None:
+    """Per token of one actor, and of one kind of span."""
+    packed, trajectories = experience.packed, experience.trajectories
+    mine = torch.tensor([trajectories[e].turns[t].actor is actor for e, t in packed.turns])[packed.turn]
+    if kind is not None:
+        mine = mine & packed.of_kinds([kind])
+    return float(kl[mine].mean()) if bool(mine.any()) else None
+
+
+def _episode_means(rolled: Sequence[Trajectory]) -> dict[str, float]:
+    """Of the step's episodes; nothing where all experience is recorded."""
+    if not rolled:
+        return {}
+    n = len(rolled)
+    return {
+        "rollout/success": sum(t.success for t in rolled) / n,
+        "rollout/reward": sum(t.reward for t in rolled) / n,
+        "rollout/turns": sum(len(t.turns) for t in rolled) / n,
+        "rollout/invalid_calls": sum(map(invalid_calls, rolled)) / n,
+        "rollout/errors": sum(t.outcome is Outcome.ERROR for t in rolled),
+        "rollout/unfinished": sum(t.outcome is Outcome.UNFINISHED for t in rolled) / n,
+        "rollout/context_overflow": sum(t.exhausted == "context" for t in rolled) / n,
+        # what rendering the history anew costs: rows, and the context that is read anew with each of them
+        "rollout/segments": sum(len(list(t.segments())) for t in rolled) / n,
+        "rollout/context_tokens": sum(len(turn.context_ids) for t in rolled for turn in t.turns) / n,
+    }
+
+
+def _recorded(session: Session, experience: Experience) -> dict[str, float]:
+    """Recorded conversations and tokens learned from in this step; passes over the data so far."""
+    if session.recordings is None:
+        return {}
+    turns = [turn for t in experience.recorded for turn in t.turns if turn.weight]
+    return {
+        "recorded/conversations": len(experience.recorded),
+        "recorded/tokens": sum(len(turn.action_ids) for turn in turns),
+        "recorded/epoch": session.recordings.epoch(session.step),
     }
 
 

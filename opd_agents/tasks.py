@@ -9,31 +9,41 @@ import numpy as np
 
 from opd_agents import envs
 from opd_agents.config import EnvironmentSource, RunConfig
-from opd_agents.errors import ConfigError, UnknownName
+from opd_agents.errors import ConfigError
+from opd_agents.recordings import student_groups, student_groups_before
 from opd_agents.rollout import Episode
+from opd_agents.schedules import dealt
 from opd_agents.types import Task
 
 
 def draw_episodes(config: RunConfig, step: int, sizes: Sequence[int]) -> list[Episode]:
-    """``rollout.episodes_per_step`` episodes in groups of ``group_size``; ``sizes``: tasks per environment.
+    """The step's episodes, in groups of ``rollout.group_size``; ``sizes``: tasks per environment.
 
-    All episodes of a group share a task; each has its own noise. With ``limit`` the tasks are visited once
-    an epoch, in a new order each time, and an episode's noise is the task's: a fixed data set.
+    They are ``rollout.episodes_per_step``, less those of the groups that are recorded, dealt out to the
+    environments by weight. All episodes of a group share a task; each has its own noise. The tasks of a file
+    are visited once an epoch, in a new order each time, and so are those of a ``limit``, where an episode's
+    noise is the task's: a fixed data set.
     """
     rollout, sources = config.rollout, config.environments
-    groups = rollout.episodes_per_step // rollout.group_size
+    if not sources:  # all experience is recorded
+        return []
+    groups = np.flatnonzero(student_groups(config, step)).tolist()
+    before, weights = student_groups_before(config, step), [source.weight for source in sources]
+    visits, after = dealt(before, weights), dealt(before + len(groups), weights)
     random = np.random.Generator(np.random.Philox(key=[config.seed, step], counter=[0, 0, 0, 2**63]))
-    shares = np.array([source.weight for source in sources])
-    chosen = random.choice(len(sources), size=groups, p=shares / shares.sum())
+    chosen = np.repeat(np.arange(len(sources)), np.subtract(after, visits))
+    chosen = chosen[random.random(len(groups)).argsort()]
     drawn = random.integers(np.array(sizes)[chosen])
     episodes = []
-    for group, (which, index) in enumerate(zip(chosen.tolist(), drawn.tolist(), strict=True)):
-        source = sources[which]
-        if source.limit:
-            epoch, place = divmod(step * groups + group, sizes[which])
+    for group, which, index in zip(groups, chosen.tolist(), drawn.tolist(), strict=True):
+        source, fresh = sources[which], list[int]()
+        if source.limit or "tasks" in source.options:
+            epoch, place = divmod(visits[which], sizes[which])
             index = int(_order(config.seed, which, sizes[which], epoch)[place])
+            fresh = [] if source.limit else [epoch]
+        visits[which] += 1
         for sample in range(rollout.group_size):
-            noise = np.random.SeedSequence([config.seed, which, index, sample]).generate_state(1)[0]
+            noise = np.random.SeedSequence([config.seed, which, index, sample, *fresh]).generate_state(1)[0]
             number = group * rollout.group_size + sample
             episodes.append(
                 Episode(
@@ -50,16 +60,13 @@ def draw_episodes(config: RunConfig, step: int, sizes: Sequence[int]) -> list[Ep
 
 
 def split_sizes(sources: Sequence[EnvironmentSource]) -> list[int]:
-    """How many tasks each source has. Raises for an unknown environment or split, or a too large limit."""
+    """How many tasks each source has. Raises for an unknown environment or split, a task file that cannot be
+    used, or a too large limit."""
     sizes = []
     for source in sources:
         env = envs.make(source.id, **source.options)
         try:
-            if source.split not in env.split_sizes:
-                raise UnknownName(
-                    f"split of {source.id}", source.split, env.split_sizes, f"opd-agents envs {source.id}"
-                )
-            size = env.split_sizes[source.split]
+            size = env.split_size(source.split)
         finally:
             env.close()
         if source.limit and source.limit > size:

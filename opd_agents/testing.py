@@ -61,7 +61,9 @@ def check_agent_env(env: str | AgentEnv, *, n_tasks: int = 5, **kwargs: Any) -> 
 
 def _check_declarations(env: AgentEnv) -> None:
     _require(env.fork_mode in ("snapshot", "replay", "none"), f"fork_mode is {env.fork_mode!r}")
-    _require(bool(env.split_sizes), "split_sizes is empty")
+    _require(
+        bool(env.split_sizes), "split_sizes is empty; if the tasks come from a file, give it: tasks=PATH"
+    )
     for split, size in env.split_sizes.items():
         _require(size >= 1, f"split {split!r} has {size} tasks")
     _require(env.max_turns >= 1, f"max_turns is {env.max_turns}")
@@ -101,7 +103,10 @@ def _check_tasks(env: AgentEnv, n_tasks: int) -> None:
 
 
 def _check_bad_actions(env: AgentEnv) -> None:
-    """A bad action costs a turn, explains itself and changes nothing, whatever it is."""
+    """A bad action costs a turn, explains itself and changes nothing, whatever it is. Where every action is
+    a text, none is bad."""
+    if env.text_only:
+        return
     wrong = [format_calls([call]) for call in _wrong_arguments(env)]
     for action in (*BAD_ACTIONS, *wrong):
         _reset(env)
@@ -121,6 +126,8 @@ def _check_truncation(env: AgentEnv) -> None:
     _reset(env)
     for turn in range(1, env.max_turns + 1):
         _, reward, terminated, truncated, info = _step(env, NOT_AN_ACTION)
+        if terminated and env.text_only:  # its last action was an answer
+            break
         _require(not terminated, "running out of turns must truncate, not terminate")
         right = truncated == (turn == env.max_turns)
         _require(right, f"truncated is {truncated} after turn {turn} of {env.max_turns}")

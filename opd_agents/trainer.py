@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import torch
 
 from opd_agents import envs
 from opd_agents.config import RunConfig
+from opd_agents.distributed import World, join_world
 from opd_agents.evaluation import load_suite, run_suite, summarise
 from opd_agents.evaluation.evaluate import model_contestant
 from opd_agents.experience import credit, score, with_repairs
 from opd_agents.progress import Interrupted, StopSignal, progress_bar
 from opd_agents.rollout import rollout
-from opd_agents.runs import RunFolder, latest_checkpoint, save_trajectories, write_whole
+from opd_agents.runs import BEST, RunFolder, latest_checkpoint
 from opd_agents.session import Session, check_inputs, load_session
 from opd_agents.step_metrics import step_metrics, trajectory_rows
 from opd_agents.tasks import draw_episodes
@@ -30,26 +32,29 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
     """Train one run, with its stages in order; returns its folder. Raises UserError before any work is lost.
 
     ``resume`` goes on from the newest checkpoint, starts a run that does not exist yet, and leaves a finished
-    one as it is.
+    one as it is. Started by torchrun or `accelerate launch`, the processes train one run together.
     """
-    envs.import_plugins(config.imports)
-    for stage in config.stages.values() or [config]:
-        check_inputs(stage)
-    if not config.stages:
-        return _train_stage(config, resume)
-    RunFolder(config.folder, config.model_dump(mode="json"), resume=resume)
+    world = join_world()
+    with world.errors_told_once():
+        envs.import_plugins(config.imports)
+        for stage in config.stages.values() or [config]:
+            check_inputs(stage)
+        return (_train_stages if config.stages else _train_stage)(config, resume, world)
+
+
+def _train_stages(config: RunConfig, resume: bool, world: World) -> Path:
+    folder = _open_folder(config, resume, world)
     previous: Path | None = None
     summaries = {}
     for name, stage in config.stages.items():
         if previous is not None:
             start = {"model": str(latest_checkpoint(previous).resolve()), "build": None}
             stage = stage.model_copy(update={"student": stage.student.model_copy(update=start)})
-        previous = _train_stage(stage, resume)
+        previous = _train_stage(stage, resume, world)
         summaries[name] = json.loads((previous / "summary.json").read_text())
     seconds = sum(summary["seconds"] for summary in summaries.values())
-    summary = {"name": config.name, "stages": summaries, "seconds": seconds}
-    write_whole(config.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    return config.folder
+    folder.write_summary({"name": config.name, "stages": summaries, "seconds": seconds})
+    return folder.path
 
 
 def train_seeds(config: RunConfig, seeds: Sequence[int], *, resume: bool = False) -> list[Path]:
@@ -66,19 +71,29 @@ def reseeded(config: RunConfig, seed: int) -> RunConfig:
     return config.model_copy(update={"seed": seed, "output": str(folder), "stages": stages})
 
 
-def _train_stage(config: RunConfig, resume: bool) -> Path:
-    folder = RunFolder(config.folder, config.model_dump(mode="json"), resume=resume)
+def _open_folder(config: RunConfig, resume: bool, world: World) -> RunFolder:
+    """The main rank makes the folder, before the others look at it."""
+    if not world.is_main:
+        world.wait()
+    folder = RunFolder(config.folder, config.model_dump(mode="json"), resume=resume, writes=world.is_main)
+    if world.is_main:
+        world.wait()
+    return folder
+
+
+def _train_stage(config: RunConfig, resume: bool, world: World) -> Path:
+    folder = _open_folder(config, resume, world)
     if (folder.path / "summary.json").is_file():  # written last: the run is finished
         return folder.path
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
-    session = load_session(config, folder)
+    session = load_session(config, folder, world)
     folder.truncate(session.step)
     trainer, limit = config.trainer, config.trainer.flops
     with (
-        StopSignal() as stop,
-        progress_bar(config, session.step) as bar,
-        _tensorboard(config, session.step) as board,
+        StopSignal(tells=world.is_main) as stop,
+        progress_bar(config, session.step, shown=world.is_main) as bar,
+        _tensorboard(config, session.step, world) as board,
     ):
         if config.evaluation and config.evaluation.at_start and session.step == 0:
             session.evaluation_at_start = evaluate_session(session)
@@ -90,41 +105,60 @@ def _train_stage(config: RunConfig, resume: bool) -> Path:
                 for key, value in row.items():
                     if isinstance(value, (int, float)):
                         board.add_scalar(key, value, session.step)
-            if session.step % trainer.checkpoint_every == 0 or stop.requested:
-                folder.save_checkpoint(session.step, session.save, trainer.keep_last)
-            if stop.requested:
+            stopped = any(world.gather(stop.requested))
+            if session.step % trainer.checkpoint_every == 0 or stopped:
+                _save_checkpoint(session)
+            if stopped:
                 raise Interrupted(
                     f"Stopped after step {session.step}; its checkpoint is written. "
                     f"The same command goes on from there, `train` with --resume ({folder.path})."
                 )
     if config.evaluation and session.step % config.evaluation.every:
         session.evaluation = evaluate_session(session)
-    folder.save_checkpoint(session.step, session.save, trainer.keep_last)
+    _save_checkpoint(session)
     totals = {f"total/{key}": value for key, value in session.totals.items()}
     summary = {
         "name": config.name, "steps": session.step, "seconds": session.totals["seconds"],
-        "evaluation_at_start": session.evaluation_at_start, "evaluation": session.evaluation, **totals,
+        "evaluation_at_start": session.evaluation_at_start, "evaluation": session.evaluation,
+        "best": _best(folder), **totals,
     }  # fmt: skip
-    write_whole(folder.path / "summary.json", json.dumps(summary, indent=1) + "\n")
+    folder.write_summary(summary)
+    world.wait()  # a next stage starts from what is written
     return folder.path
+
+
+def _save_checkpoint(session: Session) -> None:
+    """The main rank writes what all have."""
+    write = partial(session.save, optimizer_state=session.optimizer_state())
+    session.folder.save_checkpoint(session.step, write, session.config.trainer.keep_last)
+
+
+def _best(folder: RunFolder) -> dict[str, Any] | None:
+    """Where the best weights are, for the summary."""
+    best = folder.best()
+    keys = ("step", "success", "success_greedy")
+    return None if best is None else {"folder": BEST} | {key: best[key] for key in keys}
 
 
 def train_step(session: Session) -> dict[str, Any]:
     """One rollout batch and its updates; returns the step's metrics."""
     started, before, config = time.perf_counter(), dict(session.totals), session.config
     episodes = draw_episodes(config, session.step, session.task_counts)
-    trajectories = rollout(
-        episodes, session.behaviour, make=envs.make, chat=session.chat, limits=session.limits,
+    play = partial(
+        rollout, policy=session.behaviour, make=envs.make, chat=session.chat, limits=session.limits,
         temperature=config.rollout.temperature,
     )  # fmt: skip
+    trajectories = session.world.shared(episodes, play, config.rollout.group_size)
+    if session.recordings is not None:
+        trajectories = sorted(trajectories + session.recordings.draw(session.step), key=lambda t: t.uid)
     experience = with_repairs(session, score(session, trajectories))
-    rewards, credits = credit(config.loss.components, experience)
-    losses = update(session, experience, rewards)
+    rewards, credits = session.world.from_main(lambda: credit(config.loss.components, experience))
+    losses = update(session, experience, rewards, credits)
     session.advance(
         generated_tokens=sum(t.n_action_tokens for t in experience.rollouts),
         correction_tokens=sum(repair.tokens for repair in experience.repairs),
     )
-    save_trajectories(session.folder.path, f"step-{session.step:06d}", trajectory_rows(experience, credits))
+    session.folder.save_trajectories(session.step, trajectory_rows(experience, credits))
     seconds = time.perf_counter() - started
     row = step_metrics(session, experience, rewards, losses, before, seconds)
     if config.evaluation and session.step % config.evaluation.every == 0:
@@ -135,18 +169,26 @@ def train_step(session: Session) -> dict[str, Any]:
 
 
 def evaluate_session(session: Session) -> dict[str, Any]:
-    """The current weights on the validation tasks."""
+    """The current weights on the validation tasks; those that beat all before them are kept in ``best/``, the
+    weights at the start included."""
     settings = session.config.evaluation
     if settings is None:
         return {}
     suite = load_suite(settings.suite)
     contestant = model_contestant("student", session.model, session.chat, suite.temperature, Actor.STUDENT)
-    sampled, greedy = run_suite(contestant, suite, split=settings.split, limit=settings.limit)
-    return summarise(sampled, greedy)
+    sampled, greedy = run_suite(
+        contestant, suite, split=settings.split, limit=settings.limit, world=session.world
+    )
+    result, key = summarise(sampled, greedy), session.config.trainer.keep_best
+    if key is not None and session.world.is_main:
+        best = session.folder.best()
+        if best is None or result[key] > best[key]:
+            session.folder.save_best({"step": session.step} | result, session.save_weights)
+    return result
 
 
-def _tensorboard(config: RunConfig, step: int) -> Any:
-    if not config.trainer.tensorboard:
+def _tensorboard(config: RunConfig, step: int, world: World) -> Any:
+    if not (config.trainer.tensorboard and world.is_main):
         return nullcontext()
     from torch.utils.tensorboard import SummaryWriter
 

@@ -84,12 +84,14 @@ class ToolSpec:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One role-tagged message: ``role`` is system, user, assistant or tool."""
+    """One role-tagged message: ``role`` is system, user, assistant or tool. ``reasoning`` is what an
+    assistant thought before it, without the template's markers."""
 
     role: str
     content: str
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
+    reasoning: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,8 @@ class Turn:
     segment: the whole prompt); ``action_ids`` are the ids as sampled. ``logprobs`` are the behaviour
     policy's natural-log probabilities of exactly those ids at the sampling temperature, or None for an
     actor that does not sample. ``action`` is the text that the environment received (JSON calls, or
-    text); ``text`` what the policy wrote.
+    text); ``text`` what the policy wrote. ``observation`` is what the policy sees of the answer, cut where it
+    was too long; ``messages`` are its role-tagged parts.
     """
 
     context_ids: tuple[int, ...]
@@ -138,6 +141,17 @@ class Turn:
     spans: tuple[Span, ...] = ()
     starts_segment: bool = False
     weight: float = 1.0  # 0 for turns inherited by a branch
+    messages: tuple[Message, ...] = ()
+
+    @property
+    def forced(self) -> tuple[tuple[int, int], ...]:
+        """Ranges of the action's ids that a rule put there."""
+        return tuple((span.start, span.stop) for span in self.spans if span.kind is SpanKind.FORCED)
+
+    @property
+    def n_chosen(self) -> int:
+        """Ids of the action that the actor chose itself."""
+        return len(self.action_ids) - sum(stop - start for start, stop in self.forced)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,15 +172,21 @@ class Trajectory:
     branch: Branch | None = None
     error: str | None = None
     final_digest: str = ""
+    exhausted: str | None = None  # of an unfinished episode: the budget that ran out, "turns" or "context"
 
     @property
     def success(self) -> bool:
         return self.outcome is Outcome.SUCCESS
 
     @property
+    def recorded(self) -> bool:
+        """Read from a corpus: no environment was played."""
+        return any(turn.actor is Actor.CORPUS for turn in self.turns)
+
+    @property
     def n_action_tokens(self) -> int:
         """Tokens that a model sampled for this episode; inherited turns and the expert's are not counted."""
-        return sum(len(turn.action_ids) for turn in self.turns if turn.weight and turn.logprobs is not None)
+        return sum(turn.n_chosen for turn in self.turns if turn.weight and turn.logprobs is not None)
 
     def segments(self) -> Iterator[tuple[int, int]]:
         """Turn ranges ``[start, stop)`` that share one growing token history."""
@@ -181,7 +201,7 @@ class Credit:
     ``kl_sum`` and ``kl_mean`` are KL(student || teacher) in nats over the action's tokens at the
     policy that sampled it; ``advantage`` maps a reward's name to its group-relative advantage;
     ``correction`` is the verdict on a repair proposed at this action; ``weight`` is the final weight of
-    the action's tokens in every component.
+    the action's tokens in every component, which ``factors`` multiply in those that have a credit function.
     """
 
     kl_sum: float | None = None
@@ -190,6 +210,7 @@ class Credit:
     advantage: Mapping[str, float] = field(default_factory=dict)
     correction: str | None = None
     weight: float = 1.0
+    factors: Mapping[str, float] = field(default_factory=dict)
 
 
 def to_json(value: Any) -> str:

@@ -2,47 +2,63 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from opd_agents.batch import Packed
+from opd_agents.batch import EMPTY, Packed
+from opd_agents.credit import factors
 from opd_agents.errors import AlignmentError
 from opd_agents.experience import Experience
 from opd_agents.loss import Plan, micro_losses, plan, selected
-from opd_agents.policies.models import forward_flops
+from opd_agents.policies.models import backward_flops, forward_flops
+from opd_agents.policies.recomputation import recomputed
 from opd_agents.session import Session
+from opd_agents.sharding import updating
 from opd_agents.teachers import HiddenStates
-from opd_agents.types import Trajectory
+from opd_agents.types import Credit, Trajectory
 
 
-def update(session: Session, experience: Experience, rewards: Mapping[str, Tensor]) -> dict[str, float]:
+def update(
+    session: Session,
+    experience: Experience,
+    rewards: Mapping[str, Tensor],
+    credits: Sequence[Sequence[Credit]],
+) -> dict[str, float]:
     """``updates_per_step`` optimizer steps, each on its share of the trajectories; mean losses and norms.
 
-    ``rewards``: per policy component the advantage of each trajectory [E]. Raises AlignmentError where no
+    ``rewards``: per policy component the advantage of each trajectory [E]; ``credits`` of all actions, for
+    the factors of components that have a credit function. Raises AlignmentError where no
     component finds a token to learn from, and for a gradient that is not finite.
     """
     config, components = session.config, session.config.loss.components
     packed, trajectories = experience.packed, experience.trajectories
     weights = {name: selected(packed, trajectories, c.select) for name, c in components.items()}
     _refuse_empty(weights, packed, step=session.step + 1)
+    weighted = [name for name, component in components.items() if component.credit]
+    weights |= {name: weights[name] * factors(packed, credits, name) for name in weighted}
     measured: dict[str, list[float]] = {}
     measure = session.step % config.trainer.gradient_shares_every == 0
-    for number, batch in enumerate(minibatches(session, packed, trajectories)):
-        planned = plan(packed, components, weights, rewards, batch, session.progress)
-        if not bool(planned.keep.any()):
-            continue
-        losses = accumulate(session, packed, planned, experience.signal, shares=measure and number == 0)
-        norm = float(torch.nn.utils.clip_grad_norm_(session.parameters, config.trainer.clip_norm))
-        if not math.isfinite(norm):
-            raise AlignmentError(f"The gradient of step {session.step + 1} is {norm}; losses: {losses}.")
-        losses |= {"grad_norm": norm, "learning_rate": session.learning_rate}
-        session.optimizer_step()
-        for key, value in losses.items():
-            measured.setdefault(key, []).append(value)
+    with updating(session.model, session.trained):
+        for number, batch in enumerate(minibatches(session, packed, trajectories)):
+            planned = plan(packed, components, weights, rewards, batch, session.progress)
+            if not bool(planned.keep.any()):
+                continue
+            shares = measure and number == 0
+            losses = accumulate(session, packed, planned, experience.signal, experience.owned, shares=shares)
+            norm = session.optimizer.clip(config.trainer.clip_norm)
+            if not math.isfinite(norm):
+                raise AlignmentError(f"The gradient of step {session.step + 1} is {norm}; losses: {losses}.")
+            losses |= {"grad_norm": norm, "learning_rate": session.learning_rate}
+            session.optimizer_step()
+            for key, value in losses.items():
+                measured.setdefault(key, []).append(value)
     return {key: float(np.mean(values)) for key, values in measured.items()}
 
 
@@ -69,42 +85,70 @@ def minibatches(session: Session, packed: Packed, trajectories: Sequence[Traject
 
 
 def accumulate(
-    session: Session, packed: Packed, planned: Plan, signal: HiddenStates | None, *, shares: bool
+    session: Session,
+    packed: Packed,
+    planned: Plan,
+    signal: HiddenStates | None,
+    owned: Tensor,
+    *,
+    shares: bool,
 ) -> dict[str, float]:
-    """Gradient of the whole update batch over its micro-batches; each component's loss, and with ``shares``
-    its part of the sum of the components' gradient norms."""
-    config, losses = session.config, dict.fromkeys(planned.components, 0.0)
-    separate: dict[str, list[Tensor]] = {}
-    for micro in packed.micro_batches(config.trainer.micro_batch_tokens, planned.keep):
-        parts = micro_losses(session.model, packed, micro, planned, signal, config.rollout.temperature)
-        passes = 1 + 2 * (len(parts) if shares else 1)  # a backward pass costs two forward passes
-        session.totals["flops"] += passes * forward_flops(
-            session.model, micro.n_tokens, micro.ids.shape[1] / 2
-        )
-        if shares:
-            for name, part in parts.items():
-                gradient = torch.autograd.grad(part, session.parameters, retain_graph=True, allow_unused=True)
-                add_gradients(separate.setdefault(name, []), session.parameters, gradient)
-        else:
-            torch.stack(list(parts.values())).sum().backward()
+    """Gradient of the whole update batch; each component's loss, and with ``shares`` its part of the sum of
+    the components' gradient norms, for which each component has passes of its own.
+
+    A rank passes over the tokens that are its own (``owned``, bool [N]); gradients and losses are the sums
+    over all ranks.
+    """
+    if not shares:
+        return _by_component(_backward(session, packed, planned, signal, owned))
+    losses, norms = dict[str, float](), dict[str, float]()
+    masters = session.optimizer.masters
+    total = [torch.zeros_like(master) for master in masters]
+    for name, component in planned.components.items():
+        coefficients = {name: planned.coefficients[name]}
+        alone = dataclasses.replace(planned, components={name: component}, coefficients=coefficients)
+        losses |= _backward(session, packed, alone, signal, owned)
+        norms[name] = session.optimizer.clip(math.inf)
+        for gradient, master in zip(total, masters, strict=True):
+            if master.grad is not None:
+                gradient += master.grad
+                master.grad = None
+    for gradient, master in zip(total, masters, strict=True):
+        master.grad = gradient
+    whole = sum(norms.values())
+    parts = {f"grad_share/{name}": norm / whole if whole else 0.0 for name, norm in norms.items()}
+    return _by_component(losses) | parts
+
+
+def _by_component(losses: Mapping[str, float]) -> dict[str, float]:
+    return {f"loss/{name}": value for name, value in losses.items()} | {"loss": sum(losses.values())}
+
+
+def _backward(
+    session: Session, packed: Packed, planned: Plan, signal: HiddenStates | None, owned: Tensor
+) -> dict[str, float]:
+    """Add the gradient over this rank's micro-batches; each component's loss, summed over all ranks.
+
+    Every pass gathers parameters from all ranks, so a rank with fewer micro-batches than another makes up
+    for them with empty ones.
+    """
+    config, world, model = session.config, session.world, session.trained.model
+    losses, flops, lean = dict.fromkeys(planned.components, 0.0), 0, config.trainer.gradient_checkpointing
+    micros = list(packed.micro_batches(config.trainer.micro_batch_tokens, planned.keep & owned))
+    passes = max(world.gather(len(micros)))
+    for micro in micros + [EMPTY] * (passes - len(micros)):
+        forward = partial(
+            micro_losses, packed=packed, micro=micro, plan=planned, signal=signal,
+            temperature=config.rollout.temperature,
+        )  # fmt: skip
+        with recomputed(model) if lean else nullcontext():
+            parts = session.trained(forward)
+        torch.stack(list(parts.values())).sum().backward()
+        session.optimizer.collect()
+        size = (model, micro.n_tokens, micro.ids.shape[1] / 2)
+        flops += forward_flops(*size) * (2 if lean else 1) + backward_flops(*size)
         for name, part in parts.items():
             losses[name] += float(part.detach())
-    result = {f"loss/{name}": value for name, value in losses.items()} | {"loss": sum(losses.values())}
-    if not shares:
-        return result
-    for parameter, *gradients in zip(session.parameters, *separate.values(), strict=True):
-        parameter.grad = torch.stack(gradients).sum(0)
-    norms = {name: float(torch.stack([g.norm() for g in grads]).norm()) for name, grads in separate.items()}
-    total = sum(norms.values())
-    return result | {f"grad_share/{name}": norm / total if total else 0.0 for name, norm in norms.items()}
-
-
-def add_gradients(
-    total: list[Tensor], parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]
-) -> None:
-    """Add one micro-batch's gradients in place; a parameter that a component does not reach has none."""
-    if not total:
-        total.extend(torch.zeros_like(parameter) for parameter in parameters)
-    for into, gradient in zip(total, gradients, strict=True):
-        if gradient is not None:
-            into += gradient
+    session.totals["flops"] += world.total(flops)
+    everywhere = world.gather(losses)
+    return {name: sum(rank[name] for rank in everywhere) for name in losses}

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from opd_agents.batch import Packed
 from opd_agents.chat import Chat
 from opd_agents.errors import ConfigError
+from opd_agents.policies.adapters import adapter_off
 from opd_agents.policies.base import Action, History
 from opd_agents.policies.models import (
+    check_projection,
+    fit_vocabulary,
     forward_flops,
     head,
     hidden_states,
@@ -23,25 +29,19 @@ from opd_agents.teachers.base import HiddenStates
 from opd_agents.types import Actor
 
 
-class LocalTeacher:
-    """A frozen model that shares the student's vocabulary and template (checked by fingerprint)."""
+class ModelTeacher:
+    """A model that is not trained: it scores, and acts at ``temperature`` or, as ``greedy``, at its best."""
 
-    def __init__(self, path: str, chat: Chat, *, dtype: str = "float32", temperature: float = 1.0) -> None:
-        """Raises CheckpointError for an unreadable checkpoint, ConfigError for one of another chat."""
-        settings = {"kwargs": chat.kwargs, "system": chat.system}
-        own = load_chat(path, load_tokenizer(path), settings)
-        if own.fingerprint != chat.fingerprint:
-            raise ConfigError(
-                f"The teacher {path} has another vocabulary or chat template than the student, so it cannot "
-                "score the student's tokens. Use a teacher with the student's tokenizer, or build the "
-                "student with `student.build.tokenizer` set to the teacher's folder."
-            )
-        self.model = load_model(path, dtype).requires_grad_(False)
-        self.sampler = TransformersSampler(
-            self.model, chat.end_ids, actor=Actor.TEACHER, temperature=temperature
+    gives: ClassVar[frozenset[type]] = frozenset({HiddenStates})
+    Sampler: ClassVar[type[TransformersSampler]] = TransformersSampler
+
+    def __init__(self, model: PreTrainedModel, chat: Chat, temperature: float) -> None:
+        self.model = model
+        self.sampler = self.Sampler(
+            model, chat.end_ids, actor=Actor.TEACHER, temperature=temperature, thinking=chat.thinking
         )
-        self.greedy = TransformersSampler(
-            self.model, chat.end_ids, actor=Actor.TEACHER, temperature=0.0, reuse=False
+        self.greedy = self.Sampler(
+            model, chat.end_ids, actor=Actor.TEACHER, temperature=0.0, thinking=chat.thinking, reuse=False
         )
         self.scored_tokens = 0
         self._scoring_flops = 0
@@ -59,11 +59,56 @@ class LocalTeacher:
         return self.sampler.act(histories)
 
     @torch.no_grad()
-    def score(self, packed: Packed, max_tokens: int) -> HiddenStates:
-        """Hidden states before every action token of the student's own histories, one pass per trajectory."""
-        hidden = torch.empty(len(packed.target), self.model.config.hidden_size, dtype=self.model.dtype)
-        for micro in packed.micro_batches(max_tokens):
+    def score(self, packed: Packed, max_tokens: int, keep: Tensor | None = None) -> HiddenStates:
+        """Hidden states before every action token of the student's own histories, one pass per trajectory;
+        with ``keep`` (bool [N]) only of the rows that have such tokens, and of them alone."""
+        hidden = torch.empty(
+            len(packed.target), self.model.config.get_text_config().hidden_size,
+            dtype=self.model.dtype, device=self.model.device,
+        )  # fmt: skip
+        for micro in packed.micro_batches(max_tokens, keep):
             hidden[micro.tokens] = hidden_states(self.model, micro.ids)[micro.row, micro.column]
             self.scored_tokens += micro.n_tokens
             self._scoring_flops += forward_flops(self.model, micro.n_tokens, micro.ids.shape[1] / 2)
         return HiddenStates(hidden, head(self.model))
+
+
+class LocalTeacher(ModelTeacher):
+    """A checkpoint that shares the student's vocabulary and template (checked by fingerprint)."""
+
+    def __init__(self, path: str, chat: Chat, *, dtype: str = "float32", temperature: float = 1.0) -> None:
+        """Raises CheckpointError for an unreadable checkpoint, ConfigError for one of another chat."""
+        settings = {"kwargs": chat.kwargs, "system": chat.system}
+        own = load_chat(path, load_tokenizer(path), settings)
+        if own.fingerprint != chat.fingerprint:
+            raise ConfigError(
+                f"The teacher {path} has another vocabulary or chat template than the student, so it cannot "
+                "score the student's tokens. Use a teacher with the student's tokenizer, or build the "
+                "student with `student.build.tokenizer` set to the teacher's folder."
+            )
+        model = load_model(path, dtype).requires_grad_(False)
+        fit_vocabulary(model, chat.tokenizer, path)
+        check_projection(model, dtype)
+        super().__init__(model, chat, temperature)
+
+
+class BaseSampler(TransformersSampler):
+    """Samples from the frozen base of a model with an adapter."""
+
+    def act(self, histories: Sequence[History]) -> list[Action]:
+        with adapter_off(self.model):
+            return super().act(histories)
+
+
+class SelfTeacher(ModelTeacher):
+    """The student without its adapter, as teacher or as the reference to stay close to: the very model that
+    is trained, with no second copy of its weights. The head is never adapted, so both share it."""
+
+    Sampler = BaseSampler
+
+    def __init__(self, student: PreTrainedModel, chat: Chat, *, temperature: float = 1.0) -> None:
+        super().__init__(student, chat, temperature)
+
+    def score(self, packed: Packed, max_tokens: int, keep: Tensor | None = None) -> HiddenStates:
+        with adapter_off(self.model):
+            return super().score(packed, max_tokens, keep)

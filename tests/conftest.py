@@ -12,13 +12,22 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a hub
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """``@pytest.mark.real("chromium")``: without this executable or module skip, or fail if required."""
+    """``@pytest.mark.real("chromium")``: without this executable or module skip, or fail if required; without
+    a GPU for "cuda" always skip, for no gate can install one."""
     names = [name for marker in item.iter_markers("real") for name in marker.args]
-    missing = [name for name in names if not (shutil.which(name) or importlib.util.find_spec(name))]
-    if missing and os.environ.get("OPD_REQUIRE_REAL") == "1":
+    missing = [name for name in names if not present(name)]
+    if missing and missing != ["cuda"] and os.environ.get("OPD_REQUIRE_REAL") == "1":
         pytest.fail(f"OPD_REQUIRE_REAL=1, but missing: {', '.join(missing)}", pytrace=False)
     if missing:
         pytest.skip(f"needs {', '.join(missing)}")
+
+
+def present(name: str) -> bool:
+    if name == "cuda":
+        import torch
+
+        return torch.cuda.is_available()
+    return bool(shutil.which(name) or importlib.util.find_spec(name))
 
 
 @pytest.fixture(scope="session")

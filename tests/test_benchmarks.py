@@ -17,7 +17,9 @@ from opd_agents import cli
 from opd_agents.errors import UserError
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+import gpu
 import rollout as benchmark
+import step
 import sweep
 import sweep_results
 
@@ -139,9 +141,24 @@ def test_a_failing_command_is_told_by_its_last_line(tmp_path: Path) -> None:
     assert json.loads(sweep.execute(["methods", "gkd", "--json"], tmp_path / "log"))[0]["name"] == "gkd"
 
 
-def test_the_cache_kept_feeds_each_token_once_and_changes_none() -> None:
-    result = benchmark.measure([2], [2, 4], 1)  # asserts that both arms give the same tokens
-    kept, fed = ([row for row in result["rows"] if row["arm"] == arm] for arm in benchmark.ARMS)
-    assert all(a["fed"] < b["fed"] for a, b in zip(kept, fed, strict=True))
-    assert kept[0]["slope"] < 1 < fed[0]["slope"]
-    assert "| re-prefilled |" in benchmark.page(result)
+def test_all_arms_of_the_rollout_benchmark_play_the_same_and_one_feeds_each_token_once() -> None:
+    result = benchmark.measure([2], [2, 4], 1)  # asserts that all arms give the same tokens
+    kept, fed, trl = ([row for row in result["rows"] if row["arm"] == arm] for arm in benchmark.ARMS)
+    assert all(a["fed"] < b["fed"] == c["fed"] for a, b, c in zip(kept, fed, trl, strict=True))
+    assert kept[0]["slope"] < 1
+    assert "| re-prefilled |" in benchmark.page(result) and "| TRL " in benchmark.page(result)
+
+
+def test_both_arms_of_the_step_benchmark_train_on_the_same_loss() -> None:
+    result = step.measure(episodes=2, turns=2, repeats=1, threads=1)  # asserts equal losses and tokens
+    assert result["action tokens"] == 2 * 2 * 16 and result["loss"] > 1
+    assert all(seconds["median"] > 0 for seconds in result["seconds"].values())
+    assert "| opd-agents " in step.page(result)
+
+
+def test_a_step_of_the_gpu_benchmark_on_a_tiny_model() -> None:
+    result = gpu.measure(gpu.TINY, episodes=2, tokens=64, micro_batch_tokens=64, repeats=1, peak=0.5)
+    whole = result["rows"][-1]
+    assert whole["tflop"] == pytest.approx(sum(row["tflop"] for row in result["rows"][:-1]))
+    assert whole["utilisation"] == pytest.approx(whole["tflop_per_second"] / 0.5)
+    assert result["action tokens"] == 2 * 8 * 2 and "| update " in gpu.page(result)

@@ -10,7 +10,10 @@ from typer.testing import CliRunner, Result
 from opd_agents import cli
 from opd_agents.errors import AlignmentError, UserError
 
-COMMANDS = ["quickstart", "train", "evaluate", "rollout", "envs", "methods", "report"]
+COMMANDS = [
+    *("quickstart", "train", "evaluate", "rollout", "envs", "methods", "report", "export"),
+    *("import-messages", "export-messages"),
+]
 DESK = "opd_agents/OrderDesk-v0"
 
 

@@ -15,17 +15,19 @@ PACKAGE = ROOT / "opd_agents"
 # From the bottom to the top. A module may import its own layer and those before it.
 LAYERS = (
     ("types", "errors"),
-    ("config", "configs", "schedules"),  # what a run is asked to do; read by all layers that it configures
+    # what a run is asked to do, read by all layers that it configures; the user's data and code
+    ("config", "configs", "schedules", "rows", "messages", "plugins"),
     ("tools",),
     ("envs", "testing"),
     ("chat",),
     ("policies",),
-    ("rollout", "batch"),
+    ("rollout", "recordings", "batch", "distributed", "sharding"),
     ("teachers",),
     ("correction", "credit", "objectives"),
     (
         *("loss", "optimizers", "runs", "tasks", "progress", "session"),
         *("step_metrics", "experience", "updates", "trainer", "evaluation", "diagnostics"),
+        *("export", "traces"),
     ),
     ("cli", "report", "quickstart", "__main__", "__init__"),
 )

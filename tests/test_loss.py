@@ -11,9 +11,12 @@ from rolling import LIMITS, desk_episodes, rolled
 from opd_agents.batch import pack
 from opd_agents.config import Component, Schedule, Select, load_config
 from opd_agents.credit import advantages
+from opd_agents.distributed import ALONE
 from opd_agents.loss import micro_losses, plan, selected
+from opd_agents.optimizers import ModelOptimizer
 from opd_agents.policies import ExpertPolicy
 from opd_agents.policies.models import head, hidden_states
+from opd_agents.sharding import Trained
 from opd_agents.teachers import HiddenStates
 from opd_agents.types import Actor, Branch, Outcome
 from opd_agents.updates import accumulate, minibatches
@@ -147,10 +150,10 @@ def test_gkd_is_the_mean_kl_from_student_to_teacher(model, judge, sampled):
     assert_same(engine(model, sampled, preset("gkd"), judge), expected)
 
 
-def test_gkd_sees_the_students_tokens_only(model, judge, mixed):
+def test_gkd_is_the_mean_divergence_over_all_actions_but_inherited_ones(model, judge, mixed):
     packed = pack(mixed)
-    mine = torch.tensor([mixed[e].turns[t].actor is Actor.STUDENT and mixed[e].turns[t].weight > 0
-                         for e, t in packed.turns])[packed.turn]  # fmt: skip
+    mine = torch.tensor([mixed[e].turns[t].weight > 0 for e, t in packed.turns])[packed.turn]
+    assert {mixed[e].turns[t].actor for e, t in packed.turns} > {Actor.STUDENT} and not mine.all()
     log_q, log_p = log_probs(model, packed), log_probs(judge, packed).detach()
     expected = plain(model, (log_q.exp() * (log_q - log_p)).sum(-1)[mine].mean())
     assert_same(engine(model, mixed, preset("gkd"), judge), expected)
@@ -371,19 +374,20 @@ def session(model, **trainer):
         }
     )  # fmt: skip
     return SimpleNamespace(
-        config=config, model=model, totals={"flops": 0.0}, parameters=list(model.parameters()), step=0
-    )
+        config=config, model=model, trained=Trained(model), optimizer=ModelOptimizer(model, "adamw", 0.0),
+        world=ALONE, totals={"flops": 0}, step=0,
+    )  # fmt: skip
 
 
 def test_measuring_gradient_shares_changes_no_gradient(model, judge, mixed):
     mine, packed = session(model), pack(mixed)
     components = mine.config.loss.components
     todo = planned(packed, mixed, components, {"verifier": advantages(mixed, "std")})
-    signal = signal_of(judge, packed)
+    signal, owned = signal_of(judge, packed), torch.ones(len(packed.target), dtype=torch.bool)
 
     def measure(shares):
         model.zero_grad()
-        losses = accumulate(mine, packed, todo, signal, shares=shares)
+        losses = accumulate(mine, packed, todo, signal, owned, shares=shares)
         return losses, gradient_of(model)
 
     plainly, measured = measure(False), measure(True)
@@ -397,7 +401,7 @@ def test_measuring_gradient_shares_changes_no_gradient(model, judge, mixed):
             todo, components={name: component}, coefficients={name: todo.coefficients[name]}
         )
         model.zero_grad()
-        accumulate(mine, packed, alone, signal, shares=False)
+        accumulate(mine, packed, alone, signal, owned, shares=False)
         norms[name] = float(gradient_of(model).norm())
     assert shares == pytest.approx({f"grad_share/{n}": v / sum(norms.values()) for n, v in norms.items()})
     assert sum(shares.values()) == pytest.approx(1.0) and min(shares.values()) > 0

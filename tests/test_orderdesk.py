@@ -357,7 +357,6 @@ def test_exchanging_what_is_out_of_stock_is_done_and_fails(monkeypatch: pytest.M
         (action("exchange_item", order_id="O1", sku="lamp-red", new_sku="x"), "unknown item"),
         (action("get_policy", topic="x"), "no policy on 'x'"),
         (action("close_ticket", resolution="x"), "Input should be 'done' or 'refused'"),
-        (action("find_customer", name="\ud800"), "bad arguments"),
         (action("find_customer", name="a'; DROP TABLE orders; --"), "no such customer"),
     ],
 )

@@ -1,9 +1,13 @@
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from rolling import DESK, Scripted
+from safetensors.torch import save_file
 from scipy.stats import binomtest, chisquare
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -11,7 +15,7 @@ from opd_agents import envs
 from opd_agents.errors import CheckpointError
 from opd_agents.policies import History, MixturePolicy, RandomPolicy
 from opd_agents.policies.models import (
-    check_vocabulary,
+    fit_vocabulary,
     forward_flops,
     head,
     hidden_states,
@@ -119,7 +123,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path, student, desk_chat):
     settings = {"kwargs": desk_chat.kwargs, "system": desk_chat.system}
     save_checkpoint(tmp_path, student, desk_chat.tokenizer, settings)
     model, tokenizer = load_model(str(tmp_path), "float32"), load_tokenizer(str(tmp_path))
-    check_vocabulary(model, tokenizer, "here")
+    fit_vocabulary(model, tokenizer, "here")
     saved, given = (
         load_chat(str(tmp_path), tokenizer),
         load_chat(str(tmp_path), tokenizer, {"system": "Be kind."}),
@@ -134,6 +138,35 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path, student, desk_chat):
         assert torch.equal(student(ids).logits, model(ids).logits)
 
 
+def test_a_mistyped_name_is_told_at_once_where_no_hub_can_be_reached(tmp_path):
+    cached = tmp_path / "hub" / "models--some--model"
+    (cached / "snapshots" / "abc").mkdir(parents=True)
+    (cached / "snapshots" / "abc" / "config.json").write_text("{}")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    program = """
+import time
+from opd_agents.errors import CheckpointError
+from opd_agents.policies import models
+started = time.monotonic()
+for load in (models.load_tokenizer, lambda path: models.load_model(path, "float32")):
+    try:
+        load("techer")
+    except CheckpointError as error:
+        print(error)
+print(time.monotonic() - started < 20, models._check_exists("model", "some/model"))
+"""
+    unreachable = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | unreachable, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    first, second, last = done.stdout.splitlines()
+    assert first.startswith("Cannot load a tokenizer from 'techer', which is no folder here, from the hub:")
+    assert second.startswith("Cannot load a model from 'techer'")
+    assert last == "True None"
+
+
 def test_checkpoints_that_cannot_be_used(tmp_path, student, desk_chat, tiny_llama):
     with pytest.raises(CheckpointError, match="nowhere"):
         load_model(str(tmp_path / "nowhere"), "float32")
@@ -145,7 +178,20 @@ def test_checkpoints_that_cannot_be_used(tmp_path, student, desk_chat, tiny_llam
     (tmp_path / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(CheckpointError, match="Cannot load a model"):
         load_model(str(tmp_path), "float32")
+    weights = {
+        name: value.clone() for name, value in student.state_dict().items() if name != "lm_head.weight"
+    }
+    cut = weights | {"model.norm.weight": torch.ones(7)}
+    save_file(cut, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="Cannot load a model"):
+        load_model(str(tmp_path), "float32")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"lacks 1 weights of a LlamaForCausalLM, among them model\.layers\.1"
+    ):
+        load_model(str(tmp_path), "float32")
     tokenizer = load_tokenizer(str(tmp_path))
     tokenizer.add_tokens(["onemore"])
     with pytest.raises(CheckpointError, match="161 tokens and the model only 160"):
-        check_vocabulary(student, tokenizer, "here")
+        fit_vocabulary(student, tokenizer, "here")

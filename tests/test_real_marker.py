@@ -3,13 +3,19 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest_plugins = ["pytester"]
 
 
 @pytest.mark.parametrize(
     ("part", "required", "outcome"),
-    [("no_such_part", "0", "skipped"), ("no_such_part", "1", "errors"), ("json", "1", "passed")],
+    [
+        ("no_such_part", "0", "skipped"),
+        ("no_such_part", "1", "errors"),
+        ("json", "1", "passed"),
+        ("cuda", "1", "passed" if torch.cuda.is_available() else "skipped"),
+    ],
 )
 def test_real_marker(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, part: str, required: str, outcome: str

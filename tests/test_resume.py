@@ -102,8 +102,8 @@ def test_the_flops_of_a_resumed_run_are_exact(
     """Also where a float would round, beyond 2**53."""
     original, before = trainer.load_session, 2**60 + 1
 
-    def load_session(config: RunConfig, folder: Any) -> Session:
-        session = original(config, folder)
+    def load_session(config: RunConfig, *where: Any) -> Session:
+        session = original(config, *where)
         session.totals["flops"] += 0 if session.step else before
         return session
 
@@ -244,8 +244,8 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_says_what_to_do(
     file, save = tmp_path / "x.yaml", Session.save
     written(make(tmp_path / "run"), file)
 
-    def full(session: Session, folder: Path) -> None:
-        save(session, folder)
+    def full(session: Session, folder: Path, optimizer_state: Any) -> None:
+        save(session, folder, optimizer_state)
         if session.step == 4:
             raise OSError(errno.ENOSPC, "No space left on device")
 

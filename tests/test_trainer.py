@@ -265,11 +265,11 @@ def test_stages_start_from_the_last_weights_with_a_fresh_optimizer(
 ) -> None:
     started = []
 
-    def spy(config: Any, folder: Any) -> Any:
-        session = load_session(config, folder)
+    def spy(*arguments: Any) -> Any:
+        session = load_session(*arguments)
         weights = {name: tensor.clone() for name, tensor in session.model.state_dict().items()}
         started.append(
-            (weights, [dict(optimizer.state) for optimizer in session.optimizers], session.totals["flops"])
+            (weights, [dict(o.state) for o in session.optimizer.optimizers], session.totals["flops"])
         )
         return session
 

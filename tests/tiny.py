@@ -82,7 +82,7 @@ def sft(output: Path, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def mix(output: Path, teacher: Path, *overrides: str, **changes: Any) -> RunConfig:
+def mix(output: Path, teacher: Path, /, *overrides: str, **changes: Any) -> RunConfig:
     """A fresh student: distillation, verifier and correction; ``changes`` replace top-level keys."""
     raw = {
         "name": "tiny",
@@ -121,10 +121,18 @@ def final_state(run: Path) -> dict[str, Any]:
         "metrics": timeless(metrics(run)),
         "summary": timeless(json.loads((run / "summary.json").read_text())),
         "trajectories": {path.name: path.read_text() for path in (run / "trajectories").iterdir()},
+        "best": _files(run / "best") if (run / "best").exists() else None,
     }
-    for path in newest.iterdir():
-        if path.name == "trainer.json":
-            state[path.name] = timeless(json.loads(path.read_text()))
-        elif path.name not in ("config.json", "tokenizer_config.json"):  # these say how they were loaded
-            state[path.name] = path.read_bytes()
-    return state
+    return state | _files(newest)
+
+
+def _files(checkpoint: Path) -> dict[str, Any]:
+    """The files of a checkpoint, but for those that say how it was loaded."""
+    loading = ("config.json", "tokenizer_config.json", "adapter_config.json")
+    return {
+        path.name: timeless(json.loads(path.read_text()))
+        if path.name == "trainer.json"
+        else path.read_bytes()
+        for path in checkpoint.iterdir()
+        if path.name not in loading
+    }

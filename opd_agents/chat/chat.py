@@ -1,64 +1,43 @@
 """Messages <-> token ids, token-exact: what was sampled is kept as ids and never re-made from text.
 
 An episode's history is ``prompt_ids + action_ids + suffix_ids + action_ids + ...``. The suffix is what the
-chat template renders between one assistant turn and the next: the template is run once around a sentinel, and
-the text after the sentinel is tokenised alone.
+chat template renders between one assistant turn and the next, tokenised alone (``templates.py``). With
+``history: template`` the whole conversation is rendered anew instead.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from bisect import bisect_left, bisect_right
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from importlib import resources
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
 
-import jinja2
-
-from opd_agents.chat import hermes
-from opd_agents.envs.actions import BadAction, format_calls, parse_action
+from opd_agents.chat.parsing import ParsedAction, parse_ids, with_forced
+from opd_agents.chat.reasoning import Thought
+from opd_agents.chat.syntaxes import SYNTAXES, Syntax, detect_syntax, find_syntax
+from opd_agents.chat.templates import CALLS, Template, template_text
+from opd_agents.chat.thinking_budget import ThinkingBudget
+from opd_agents.envs.actions import BadAction, parse_action
 from opd_agents.errors import ConfigError
 from opd_agents.types import Message, Span, SpanKind, ToolCall, ToolSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SENTINEL = "sentinel7f3a9c"
-# What a template may transform in a message's content: outer space, JSON, markers, markup.
-PROBE = ' \n{"k": "v\\n\'<&>"}</think><tool_response> é\n '
-RESERVED = {"add_generation_prompt", "chat_template", "continue_final_message", "tokenize", "tools"}
-
-# (role, tool call id) of each message: all that a frame depends on besides the contents
-Shape = tuple[tuple[str, str | None], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ParsedAction:
-    """One action, read. ``spans`` partition its ids.
-
-    ``text`` is what the policy wrote, without the end token. ``action`` is what the environment gets: JSON of
-    one call or of a list of calls when they are valid, else the text as it is. With an ``error`` there are no
-    calls.
-    """
-
-    text: str
-    action: str
-    calls: tuple[ToolCall, ...]
-    error: str | None
-    spans: tuple[Span, ...]
-
 
 class Chat:
     """A tokenizer with its chat template, used the same way by student, teacher and trainer.
 
     ``template`` (Jinja text, or the path of a ``.jinja`` file) replaces the tokenizer's, ``kwargs`` are the
-    template's variables, ``system`` replaces every environment's system prompt ("" removes it). ``end_ids``
-    are the ids that end an action. Raises ConfigError for a tokenizer without a template and for a template
-    that cannot carry a conversation.
+    template's variables (``today``, a date, stops its clock on that day), ``system`` replaces every
+    environment's system prompt ("" removes it). ``history`` says how a rollout carries past turns on,
+    ``syntax`` how calls are written: "auto" is what the template writes, ``thinking_budget`` after how many
+    tokens a thought is closed. ``end_ids`` are the ids that end an
+    action. Raises ConfigError for a tokenizer without a template and for a template that cannot carry a
+    conversation, and for an unknown syntax.
     """
 
     def __init__(
@@ -68,26 +47,47 @@ class Chat:
         template: str | None = None,
         kwargs: Mapping[str, Any] | None = None,
         system: str | None = None,
+        history: Literal["append", "template"] = "append",
+        syntax: str = "auto",
+        thinking_budget: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.template = _template_text(tokenizer, template)
+        self.template = template_text(tokenizer, template)
         self.kwargs = dict(kwargs or {})
-        self.system = system
-        if reserved := RESERVED & self.kwargs.keys():
-            raise ConfigError(
-                f"chat.kwargs: {min(reserved)!r} is set by opd-agents; remove it. chat.kwargs holds the"
-                " template's own variables, such as enable_thinking."
-            )
-        self._frame = lru_cache(maxsize=256)(self._make_frame)
-        self._template_end = self._find_end()
-        ends = {self._template_end, tokenizer.eos_token_id} - {None}
-        if not ends:
+        self.system, self.history = system, history
+        self._template = Template(tokenizer, self.template, self.kwargs)
+        self.syntax = self._find_syntax(syntax)
+        self._closing = self._first_special(self._template.close)
+        self._call_closing = self._first_special(self._template.close_call)
+        self._following = {role: self._first_special(rest) for role, rest in self._rests()}
+        ends = {tokenizer.eos_token_id, self._closing, self._call_closing}
+        # gpt-oss closes each message of an action as it closes a past turn: that ends no action
+        ends |= set(self._following.values()) - set(self._thoughtful_call())
+        if ends <= {None}:
             raise ConfigError(
                 "The chat template closes an assistant turn with no special token and the tokenizer has no"
                 " eos_token, so no action could end; set tokenizer.eos_token."
             )
-        self.end_ids: frozenset[int] = frozenset(ends)
-        self._end: int = tokenizer.eos_token_id if self._template_end is None else self._template_end
+        self.end_ids: frozenset[int] = frozenset(ends - {None})
+        self.thinking_budget = thinking_budget
+        if thinking_budget is not None and self.thought is None:
+            raise ConfigError(
+                "chat.thinking_budget is given, but the chat template marks no thought; remove it, or give"
+                " the template of a model that thinks as chat.template."
+            )
+
+    @property
+    def thought(self) -> Thought | None:
+        """How thoughts are marked; None where the template knows none."""
+        return self._template.thought
+
+    @cached_property
+    def thinking(self) -> ThinkingBudget | None:
+        """What closes the thoughts of samplers; None without a budget."""
+        if self.thought is None or self.thinking_budget is None:
+            return None
+        close, vocabulary = self._encode(self.thought.closing), self.tokenizer.get_vocab()
+        return ThinkingBudget(self.thought, self.thinking_budget, close, self._decode, vocabulary)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -96,125 +96,213 @@ class Chat:
         data = [self.template, self.kwargs, self.system, vocabulary, sorted(self.end_ids)]
         return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What makes the same chat again from the same tokenizer and template."""
+        return {
+            "kwargs": self.kwargs,
+            "system": self.system,
+            "history": self.history,
+            "syntax": self.syntax.name,
+            "thinking_budget": self.thinking_budget,
+        }
+
     def prompt_ids(
         self, messages: Sequence[Message], tools: Sequence[ToolSpec], system: str
     ) -> tuple[int, ...]:
-        """The start, up to where the first action begins. ``messages`` hold no system message."""
+        """All up to where the next action begins. ``messages``, which may hold past turns, hold no system
+        message. Raises ConfigError where the template refuses or drops a message."""
         system = system if self.system is None else self.system
         opening = [Message("system", system)] if system else []
-        return self._encode(self._render([*opening, *messages], tools))
+        return self._encode(self._template.prompt([*opening, *messages], tools))
 
-    def suffix_ids(self, messages: Sequence[Message], *, ended: bool) -> tuple[int, ...]:
+    def suffix_ids(
+        self,
+        messages: Sequence[Message],
+        *,
+        ended: bool,
+        calls: Sequence[ToolCall] = (),
+        end: int | None = None,
+    ) -> tuple[int, ...]:
         """What follows an action: the rest of its turn, ``messages``, the next generation prompt.
 
-        An action that ``ended`` holds its end token already; otherwise the suffix begins with the missing
-        one, as context that the policy did not choose.
+        An action that ``ended`` holds its end token ``end`` already (default: the one that the template
+        writes there); otherwise the suffix begins with the missing one, as context that the policy did not
+        choose. ``calls`` are those of the action; a template that names the tool before its answer raises
+        ConfigError without them, and every template for messages that it refuses or drops.
         """
-        frame = self._frame(tuple((message.role, message.tool_call_id) for message in messages))
-        if frame is None:
-            text = self._suffix_text(messages)
-        else:
-            text = frame[0] + "".join(m.content + after for m, after in zip(messages, frame[1:], strict=True))
-        ids = self._encode(text)
-        rest = ids[1:] if ids[:1] == (self._template_end,) else ids
-        return rest if ended else (self._end, *rest)
+        ids = self._encode(self._template.rest(messages, calls))
+        closes = bool(ids) and ids[0] in self._following.values()
+        if not ended:
+            return ids if closes else (self._end_of(calls), *ids)
+        # Where turns are closed by the next role's opening, another end token does not stand for it.
+        known = self._closing is not None or end is None or end == ids[0]
+        return ids[1:] if closes and known else ids
 
-    def parse(self, ids: Sequence[int], *, ended: bool) -> ParsedAction:
-        """Read an action; never raises. What was cut off (``ended`` false) is never a call."""
+    def parse(
+        self,
+        ids: Sequence[int],
+        *,
+        ended: bool,
+        context_ids: Sequence[int] | None = None,
+        tools: Sequence[ToolSpec] = (),
+        forced: Sequence[tuple[int, int]] = (),
+        text_only: bool = False,
+    ) -> ParsedAction:
+        """Read an action; never raises. What was cut off (``ended`` false) is never a call, nor what is
+        thought; with ``text_only`` nothing is.
+
+        ``context_ids`` are those before the action, whose end may open a thought (without them: as a
+        generation prompt after a user's message does). ``tools`` help to read values; ``forced`` are ranges
+        of ids that the policy did not choose.
+        """
         body = list(ids[:-1] if ended and ids and ids[-1] in self.end_ids else ids)
-        text = self._decode(body)
-        found = hermes.parse(text)
-        spans = tuple(self._spans(body, text, found.ranges, len(ids)))
-        if found.ranges and not ended:
-            # Bare JSON would run in the environment; the opening marker keeps it from being a whole call.
-            action = hermes.OPEN + text if found.bare else text
-            return ParsedAction(text, action, (), "Bad tool call: cut off by the token limit", spans)
-        action = format_calls(found.calls) if found.calls and not found.bare else text
-        return ParsedAction(text, action, found.calls, found.error, spans)
+        thought = self.thought
+        opened = thought is not None and thought.opened
+        if thought is not None and context_ids is not None:
+            opened = thought.opens(self._decode(list(context_ids[-2 * len(thought.open) :])))
+        parsed = parse_ids(
+            body, self._decode, self.syntax, thought, tools, opened=opened, ended=ended, text_only=text_only
+        )
+        end = [Span(SpanKind.SPECIAL, len(body), len(ids))] if len(body) < len(ids) else []
+        spans = with_forced((*parsed.spans, *end), forced)
+        return dataclasses.replace(parsed, spans=tuple(spans))
 
-    def encode_action(self, action: str) -> tuple[int, ...]:
-        """Canonical ids, with the end token, of an action: JSON call(s), else text."""
+    def encode_action(
+        self, action: str, *, after: str = "user", tools: Sequence[ToolSpec] = (), text_only: bool = False
+    ) -> tuple[int, ...]:
+        """Canonical ids, with the end token, of an action: JSON call(s), else text. See encode_message."""
         try:
-            text = hermes.render(parse_action(action)) or action
+            calls = () if text_only else parse_action(action)
         except BadAction:
-            text = action
-        return (*self._encode(text), self._end)
+            calls = ()
+        message = Message("assistant", "" if calls else action, calls)
+        return self.encode_message(message, after=after, tools=tools)
 
-    def _spans(
-        self, body: list[int], text: str, ranges: Sequence[tuple[int, int]], n_ids: int
-    ) -> Iterator[Span]:
-        """Character ranges of calls as token ranges, with all other tokens, in order."""
+    def encode_message(
+        self, message: Message, *, after: str = "user", tools: Sequence[ToolSpec] = ()
+    ) -> tuple[int, ...]:
+        """Canonical ids of an assistant message, as the template writes it behind a generation prompt, with
+        the end token.
 
-        def length(n_tokens: int) -> int:
-            # Decoding whole prefixes is right for every decoder: one token may be part of a character.
-            return len(self._decode(body[:n_tokens]))
+        Calls that the template does not write so that they are read back stand there in the chat's syntax.
+        ``after`` is the role of the message before, ``tools`` help to read values. Raises ConfigError where
+        the template cannot write the turn.
+        """
+        calls = message.tool_calls
+        if not self._writes(message, tools):
+            message = dataclasses.replace(
+                message, content=message.content + self.syntax.render(calls), tool_calls=()
+            )
+        ids = self._encode(self._template.action(message, after))
+        if ends := self.end_ids.intersection(ids):
+            raise ConfigError(
+                f"An assistant turn holds {self._decode([min(ends)])!r}, which ends an action, before its"
+                f" end, so it cannot be one action: {self._decode(list(ids))[:200]!r}."
+            )
+        return (*ids, self._end_of(calls))
 
-        tokens, cursor = range(len(body) + 1), 0
-        for first, last in ranges:
-            start = bisect_right(tokens, first, key=length) - 1 if first else 0
-            stop = bisect_left(tokens, last, key=length) if last < len(text) else len(body)
-            start = max(start, cursor)  # two blocks may share a token
-            if start < stop:
-                if cursor < start:
-                    yield Span(SpanKind.TEXT, cursor, start)
-                yield Span(SpanKind.CALL, start, stop)
-                cursor = stop
-        if cursor < len(body):
-            yield Span(SpanKind.TEXT, cursor, len(body))
-        if len(body) < n_ids:
-            yield Span(SpanKind.SPECIAL, len(body), n_ids)
+    def read_message(
+        self,
+        ids: Sequence[int],
+        *,
+        ended: bool,
+        context_ids: Sequence[int] | None = None,
+        tools: Sequence[ToolSpec] = (),
+        text_only: bool = False,
+    ) -> Message:
+        """An action as the message that a template renders: what was said, called and thought, apart.
 
-    def _find_end(self) -> int | None:
-        """The special token that closes an assistant turn; None where the template writes none."""
-        ids = self._encode(self._suffix_text([Message("user", "-")]))
-        added = self.tokenizer.added_tokens_decoder
+        Calls that could not be read, and calls that the template cannot write, stay in the content as they
+        are. No content holds special tokens, which would end turns or begin them when it is rendered.
+        """
+        parsed = self.parse(ids, ended=ended, context_ids=context_ids, tools=tools, text_only=text_only)
+        message = Message("assistant", parsed.content, parsed.calls, reasoning=parsed.reasoning)
+        if not self._writes(message, tools):
+            message = dataclasses.replace(message, content=parsed.text, tool_calls=(), reasoning=None)
+        return dataclasses.replace(message, content=self._special.sub("", message.content))
+
+    def cut(self, messages: Sequence[Message], max_tokens: int) -> tuple[Message, ...]:
+        """``messages`` with at most ``max_tokens`` tokens of content, a mark for what is cut out counted.
+
+        The middle of the longest goes first; of what is short enough nothing is changed.
+        """
+        if sum(len(message.content.encode()) for message in messages) <= max_tokens:
+            return tuple(messages)  # no token is less than a byte
+        ids = [self._encode(message.content) for message in messages]
+        left, contents = max_tokens, [message.content for message in messages]
+        by_length = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+        for place, index in enumerate(by_length):
+            room = left // (len(ids) - place)
+            if len(ids[index]) > room:
+                contents[index] = self._cut_middle(ids[index], room)
+            left -= min(room, len(ids[index]))
+        return tuple(
+            dataclasses.replace(message, content=content)
+            for message, content in zip(messages, contents, strict=True)
+        )
+
+    def _find_syntax(self, name: str) -> Syntax:
+        if name != "auto":
+            return find_syntax(name)
+        try:
+            found = detect_syntax(self._template.action(CALLS), CALLS.tool_calls)
+        except ConfigError:
+            found = None
+        # R1's template speaks of calls, but writes none
+        named = (s for s in SYNTAXES.values() if s.markers and all(m in self.template for m in s.markers))
+        return found or next(named, SYNTAXES["hermes"])
+
+    def _writes(self, message: Message, tools: Sequence[ToolSpec]) -> bool:
+        """Whether the template writes the calls of ``message`` so that they are read back."""
+        if not message.tool_calls:
+            return True
+        try:
+            written = self._template.action(message)
+        except ConfigError:
+            return False
+        return self.syntax.parse(written, tools).calls == message.tool_calls
+
+    def _rests(self) -> Iterator[tuple[str, str]]:
+        """What follows an action where a user and where a tool answers, if the template takes that."""
+        for role in ("user", "tool"):
+            try:
+                yield role, self._template.rest([Message(role, "-")], CALLS.tool_calls)
+            except ConfigError:
+                continue
+
+    def _thoughtful_call(self) -> tuple[int, ...]:
+        try:
+            return self._encode(self._template.action(dataclasses.replace(CALLS, reasoning="-")))
+        except ConfigError:
+            return ()
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        tokens = (token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+        return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+
+    def _first_special(self, text: str) -> int | None:
+        ids, added = self._encode(text), self.tokenizer.added_tokens_decoder
         if ids and (ids[0] == self.tokenizer.eos_token_id or (ids[0] in added and added[ids[0]].special)):
             return ids[0]
         return None
 
-    def _make_frame(self, shape: Shape) -> tuple[str, ...] | None:
-        """The suffix text around the messages' contents; None if the template changes contents."""
+    def _end_of(self, calls: Sequence[ToolCall]) -> int:
+        """The token with which the template ends an action."""
+        following = self._following.get("tool" if calls else "user")
+        written = self._call_closing if calls else self._closing
+        return next(i for i in (written, following, self.tokenizer.eos_token_id) if i is not None)
 
-        def suffix(contents: Sequence[str]) -> str:
-            pairs = zip(shape, contents, strict=True)
-            return self._suffix_text([Message(role, text, tool_call_id=call) for (role, call), text in pairs])
+    def _cut_middle(self, ids: Sequence[int], room: int) -> str:
+        def mark(n_cut: int) -> str:
+            return f"\n[... {n_cut} tokens cut ...]\n"
 
-        names = [f"{SENTINEL}-{i}-" for i in range(len(shape))]
-        frame, rest = [], suffix(names)
-        for name in names:
-            before, _, rest = rest.partition(name)
-            frame.append(before)
-        frame.append(rest)
-        probed = frame[0] + "".join(PROBE + after for after in frame[1:])
-        return tuple(frame) if suffix([PROBE] * len(shape)) == probed else None
-
-    def _suffix_text(self, messages: Sequence[Message]) -> str:
-        text = self._render([Message("user", "-"), Message("assistant", SENTINEL), *messages], ())
-        _, found, suffix = text.partition(SENTINEL)
-        if not found:
-            raise ConfigError(
-                "The chat template drops or changes the content of an assistant turn, so histories cannot be"
-                " token-exact; give another one as chat.template."
-            )
-        return suffix
-
-    def _render(self, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> str:
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [_message_dict(message) for message in messages],
-                tools=[_tool_dict(tool) for tool in tools] or None,
-                chat_template=self.template,
-                add_generation_prompt=True,
-                tokenize=False,
-                **self.kwargs,
-            )
-        except jinja2.TemplateError as error:
-            roles = ", ".join(message.role for message in messages)
-            raise ConfigError(
-                f"The chat template cannot render messages with the roles {roles} ({error})."
-                " Give one that can as chat.template."
-            ) from error
-        return str(text)
+        keep = max(0, room - len(self._encode(mark(len(ids)))))
+        head, tail = list(ids[: (keep + 1) // 2]), list(ids[len(ids) - keep // 2 :])
+        # a character may have been cut in two
+        start, end = self._decode(head).rstrip("\ufffd"), self._decode(tail).lstrip("\ufffd")
+        return start + mark(len(ids) - keep) + end
 
     def _encode(self, text: str) -> tuple[int, ...]:
         # The template writes BOS itself where the model wants one; the tokenizer must not add a second.
@@ -222,40 +310,3 @@ class Chat:
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def compact_template() -> str:
-    """The project's own chat template (``compact.jinja``): ChatML in few tokens, Hermes-style tool calls."""
-    return (resources.files("opd_agents.chat") / "compact.jinja").read_text(encoding="utf-8")
-
-
-def _template_text(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
-    if template is not None and template.endswith(".jinja"):
-        if not Path(template).is_file():
-            raise ConfigError(f"chat.template: there is no file {template!r}.")
-        return Path(template).read_text(encoding="utf-8")
-    if template is None and not tokenizer.chat_template:
-        raise ConfigError(
-            f"The tokenizer {tokenizer.name_or_path!r} has no chat template. Use the model's instruct"
-            " version, or give a template (Jinja text or a .jinja file) as chat.template."
-        )
-    return str(tokenizer.get_chat_template(template))
-
-
-def _message_dict(message: Message) -> dict[str, Any]:
-    data: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.tool_calls:
-        data["tool_calls"] = [
-            {"type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
-            for call in message.tool_calls
-        ]
-    if message.tool_call_id is not None:
-        data["tool_call_id"] = message.tool_call_id
-    return data
-
-
-def _tool_dict(tool: ToolSpec) -> dict[str, Any]:
-    return {
-        "type": "function",
-        "function": {"name": tool.name, "description": tool.description, "parameters": dict(tool.parameters)},
-    }

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from opd_agents.chat.chat import compact_template
+from opd_agents.chat.templates import compact_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -1,6 +1,13 @@
 """The typed configuration of a run: YAML in, frozen pydantic models out, unknown keys refused."""
 
-from opd_agents.config.loading import EXPERIMENTS, absolute_inputs, load_config, merge, read_yaml
+from opd_agents.config.loading import (
+    EXPERIMENTS,
+    absolute_inputs,
+    load_config,
+    merge,
+    parse_overrides,
+    read_yaml,
+)
 from opd_agents.config.methods import list_methods, method_text
 from opd_agents.config.sections import (
     ChatSettings,
@@ -15,6 +22,7 @@ from opd_agents.config.sections import (
     Scheduled,
     Section,
     Select,
+    Student,
 )
 
 __all__ = [
@@ -31,10 +39,12 @@ __all__ = [
     "Scheduled",
     "Section",
     "Select",
+    "Student",
     "absolute_inputs",
     "list_methods",
     "load_config",
     "merge",
     "method_text",
+    "parse_overrides",
     "read_yaml",
 ]

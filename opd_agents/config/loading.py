@@ -21,6 +21,7 @@ from opd_agents.config.methods import method_text
 from opd_agents.config.sections import RunConfig
 from opd_agents.errors import ConfigError, UnknownName
 
+INPUTS = ("model", "tokenizer", "dataset", "tasks")  # keys whose values are paths, or ids
 EXPERIMENTS = importlib.resources.files("opd_agents.configs.experiments")
 
 
@@ -35,7 +36,7 @@ def load_config(source: str | Path | Mapping[str, Any], *overrides: str) -> RunC
     else:
         path = find_experiment(source)
         raw, label = absolute_inputs(read_yaml(path), path.parent), str(path)
-    given = absolute_inputs(_parse_overrides(overrides), Path.cwd())
+    given = absolute_inputs(parse_overrides(overrides), Path.cwd())
     stages, given_stages = _pop_stages(raw, label), _pop_stages(given, "command line")
     if unknown := given_stages.keys() - stages.keys():
         known = ", ".join(stages) or "no stages"
@@ -111,12 +112,13 @@ def _absolute(key: str, value: Any, folder: Path) -> Any:
     if isinstance(value, list):
         return [_absolute(key, item, folder) for item in value]
     is_input = isinstance(value, str) and (
-        (key in ("model", "tokenizer") and value) or value.endswith((".jinja", ".py", ".yaml", ".yml"))
+        (key in INPUTS and value) or value.endswith((".jinja", ".py", ".yaml", ".yml"))
     )
     return str((folder / value).resolve()) if is_input and (folder / value).exists() else value
 
 
-def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """``dotted.key=value`` strings as a mapping, values in YAML. Raises ConfigError."""
     result: dict[str, Any] = {}
     for item in overrides:
         dotted, sign, text = item.partition("=")

@@ -67,6 +67,8 @@ class Teacher(Section):
     def _model_given(self) -> Teacher:
         if self.kind == "local" and self.model is None:
             raise ValueError("`model` is needed: the path or id of the teacher's checkpoint")
+        if self.options and self.kind in ("local", "self"):
+            raise ValueError(f"`options` are of a class of your own (kind: module:name), not of {self.kind}")
         return self
 
 
@@ -145,6 +147,14 @@ class Select(Section):
     outcome: Outcome | None = None
     spans: list[SpanKind] | None = None
 
+    @model_validator(mode="after")
+    def _chosen_tokens(self) -> Select:
+        if self.spans == []:
+            raise ValueError("`spans` is empty and would select nothing; leave it out for all tokens")
+        if self.spans and SpanKind.FORCED in self.spans:
+            raise ValueError("`spans`: forced tokens are no choice of the model and are never trained")
+        return self
+
 
 class Component(Section):
     """One term of the loss: ``coef * sum_t w_t l_t / denominator``."""
@@ -167,6 +177,8 @@ class Component(Section):
     def _constant_given(self) -> Component:
         if (self.denominator == "constant") != (self.constant is not None):
             raise ValueError("`constant` is needed with `denominator: constant`, and only there")
+        if self.reward is not None and self.kind != "policy":
+            raise ValueError("`reward` is of `policy` components; all kinds take weights from a `credit`")
         return self
 
 
@@ -255,8 +267,16 @@ class RunConfig(Section):
         if all(component.coef == 0 for component in self.loss.components.values()):
             raise ValueError("every loss coefficient is zero: nothing would be learned")
         splits = [source.split for source in self.environments]
+        if isinstance(self.rollout.source, Recorded):
+            splits.append(self.rollout.source.split)
         if "test" in splits or (self.evaluation and self.evaluation.split == "test"):
             raise ValueError("split: `test` is for `opd-agents evaluate` alone; neither train nor tune on it")
+        budget, most = self.chat.thinking_budget, self.rollout.max_tokens_per_turn
+        if budget is not None and budget >= most:
+            raise ValueError(
+                f"chat.thinking_budget {budget} leaves no room for an action: rollout.max_tokens_per_turn is"
+                f" {most}, thought included"
+            )
         self._sources_fit()
         return self
 
@@ -273,5 +293,23 @@ class RunConfig(Section):
             )
         if "policy" in kinds and self.rollout.group_size < 2:
             raise ValueError("a `policy` component compares episodes: rollout.group_size must be >= 2")
+        if isinstance(self.rollout.source, Recorded):
+            self._recordings_fit()
         if "policy" in kinds and actors != {"student"}:
             raise ValueError("a `policy` component needs rollout.source: student")
+
+    def _recordings_fit(self) -> None:
+        components = self.loss.components
+        if any(component.kind == "policy" for component in components.values()):
+            raise ValueError(
+                "a `policy` component needs rollout.source: student; recordings have no log-probs"
+            )
+        if all(component.select.actor not in (None, Actor.CORPUS) for component in components.values()):
+            raise ValueError(
+                "no loss component learns from rollout.source.dataset: leave out its `select.actor`, or take"
+                " `select: {actor: corpus}`"
+            )
+        if self.correction and not self.rollout.actors:
+            raise ValueError(
+                "`correction` repairs the student's episodes; rollout.source.student must be > 0"
+            )

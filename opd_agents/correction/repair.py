@@ -10,8 +10,10 @@ failed episode itself is no evidence.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 
 import numpy as np
 from torch import Tensor
@@ -19,10 +21,11 @@ from torch import Tensor
 from opd_agents.batch import Packed
 from opd_agents.chat import Chat
 from opd_agents.config import Correction
+from opd_agents.distributed import ALONE, World
 from opd_agents.envs import AgentEnv
 from opd_agents.errors import ReplayDivergence
 from opd_agents.policies.base import Action, History, Policy
-from opd_agents.rollout import Episode, Limits, Start, rollout
+from opd_agents.rollout import Episode, Limits, Start, rollout, segment_ids
 from opd_agents.types import Branch, Outcome, StopReason, Task, Trajectory, Turn
 
 FIRST_BRANCH = 2**20  # stream numbers of branches, out of the way of the step's episodes
@@ -66,10 +69,12 @@ def correct(
     chat: Chat,
     limits: Limits,
     temperature: float,
+    world: World = ALONE,
 ) -> list[Repair]:
     """Repairs of up to ``settings.episodes_per_step`` failed episodes in ``token_budget`` generated tokens.
 
-    ``teacher_logprob`` [N] belongs to ``packed``; ``stream`` is (seed, step). No-op repairs are refused.
+    ``teacher_logprob`` [N] belongs to ``packed``; ``stream`` is (seed, step). No-op repairs are refused. Of
+    several processes each proposes and verifies its share, and all get all repairs.
     """
     errors = _earliest_errors(trajectories, packed, teacher_logprob, settings.propose_below)
     random = np.random.Generator(np.random.Philox(key=list(stream), counter=[0, 0, 1, 2**63]))
@@ -80,18 +85,43 @@ def correct(
         if token_budget < 0 or len(chosen) == settings.episodes_per_step:
             break
         chosen.append((parent, turn))
-    proposals = _propose(chosen, teacher, make, chat, limits)
+    live: dict[int, _Proposal] = {}  # this process's: an environment stays where it was made
+
+    def propose(places: Sequence[int]) -> list[bool]:
+        proposals = _propose([chosen[place] for place in places], teacher, make, chat, limits)
+        live.update((place, p) for place, p in zip(places, proposals, strict=True) if p is not None)
+        return [proposal is not None for proposal in proposals]
+
+    def verify(places: Sequence[int]) -> list[Repair | None]:
+        numbered = {numbers[place]: live[place] for place in places if place in live}
+        play = partial(rollout, policy=student, make=make, chat=chat, limits=limits, temperature=temperature)
+        repairs = iter(_verify(numbered, settings, stream, play))
+        return [next(repairs) if place in live else None for place in places]
+
+    proposed = world.shared(range(len(chosen)), propose)
+    numbers = list(accumulate(proposed, initial=0))  # a proposal's: how many there are before it
+    return [repair for repair in world.shared(range(len(chosen)), verify) if repair is not None]
+
+
+def _verify(
+    proposals: Mapping[int, _Proposal],
+    settings: Correction,
+    stream: tuple[int, int],
+    play: Callable[[list[Episode]], list[Trajectory]],
+) -> list[Repair]:
+    """Re-roll out after both actions of each proposal; the keys number them over the whole step."""
     episodes = [
         _branch_episode(proposal, arm, trial, settings.trials, number, stream)
-        for number, proposal in enumerate(proposals)
+        for number, proposal in proposals.items()
         for arm in ("repair", "student")
         for trial in range(settings.trials)
     ]
-    for proposal in proposals:
+    for proposal in proposals.values():
         proposal.env.close()  # every re-rollout has its own fork
-    finished = rollout(episodes, student, make=make, chat=chat, limits=limits, temperature=temperature)
+    finished = play(episodes)
     arms = [finished[i : i + settings.trials] for i in range(0, len(finished), settings.trials)]
-    return [_judge(p, arms[2 * i], arms[2 * i + 1], settings.min_gain) for i, p in enumerate(proposals)]
+    judged = zip(proposals.values(), arms[::2], arms[1::2], strict=True)
+    return [_judge(proposal, repaired, own, settings.min_gain) for proposal, repaired, own in judged]
 
 
 def _earliest_errors(
@@ -100,14 +130,16 @@ def _earliest_errors(
     """(failed trajectory, its first turn to which the teacher gives a log-prob under ``below``)."""
     found: dict[int, int] = {}
     for (episode, turn), value in zip(packed.turns, packed.per_turn(teacher_logprob).tolist(), strict=True):
-        if trajectories[episode].outcome in (Outcome.FAILURE, Outcome.UNFINISHED) and value < below:
+        trajectory = trajectories[episode]
+        failed = trajectory.outcome in (Outcome.FAILURE, Outcome.UNFINISHED) and not trajectory.recorded
+        if failed and value < below:
             found.setdefault(episode, turn)
     return [(trajectories[episode], turn) for episode, turn in sorted(found.items())]
 
 
 def _expected_tokens(parent: Trajectory, turn: int, trials: int) -> int:
     """Both arms of every trial are likely to be as long as the rest of the failed episode."""
-    rest = sum(len(t.action_ids) for t in parent.turns[turn:])
+    rest = _new_tokens(parent.turns[turn:])
     return 2 * trials * rest
 
 
@@ -117,8 +149,8 @@ def _propose(
     make: Callable[..., AgentEnv],
     chat: Chat,
     limits: Limits,
-) -> list[_Proposal]:
-    """Restore each state, let the teacher act in it, and drop repairs that would change nothing."""
+) -> list[_Proposal | None]:
+    """Restore each state and let the teacher act in it; None for a repair that would change nothing."""
     restored = [(parent, turn, restore(parent, turn, make)) for parent, turn in chosen]
     histories = [
         History(
@@ -126,13 +158,16 @@ def _propose(
         )
         for parent, turn, env in restored
     ]
-    proposals = []
-    for (parent, turn, env), action in zip(restored, teacher.act(histories), strict=True):
-        text = chat.parse(action.ids, ended=True).action
+    proposals: list[_Proposal | None] = []
+    for (parent, turn, env), history, action in zip(restored, histories, teacher.act(histories), strict=True):
+        text = chat.parse(
+            action.ids, ended=True, context_ids=history.ids, tools=env.tools, text_only=env.text_only
+        ).action
         if action.stop_reason is StopReason.END and text != parent.turns[turn].action:
             proposals.append(_Proposal(parent, turn, env, action, text))
         else:
             env.close()
+            proposals.append(None)
     return proposals
 
 
@@ -153,7 +188,7 @@ def restore(parent: Trajectory, turn: int, make: Callable[..., AgentEnv]) -> Age
 
 
 def _ids_before(parent: Trajectory, turn: int) -> tuple[int, ...]:
-    past = tuple(i for t in parent.turns[:turn] for i in (*t.context_ids, *t.action_ids))
+    past = () if parent.turns[turn].starts_segment else segment_ids(parent.turns[:turn])
     return past + parent.turns[turn].context_ids
 
 
@@ -169,10 +204,12 @@ def _branch_episode(
     action = proposal.teacher
     if arm == "student":
         action = Action(
-            old.actor, old.stop_reason, old.action_ids, old.logprobs, policy_version=old.policy_version
-        )
+            old.actor, old.stop_reason, old.action_ids, old.logprobs, policy_version=old.policy_version,
+            forced=old.forced,
+        )  # fmt: skip
     inherited = tuple(dataclasses.replace(t, weight=0.0) for t in parent.turns[:turn])
-    start = Start(env, Branch(parent.uid, turn), inherited, parent.messages, old.context_ids, action)
+    branch = Branch(parent.uid, turn)
+    start = Start(env, branch, inherited, parent.messages, old.context_ids, old.starts_segment, action)
     return Episode(
         uid=f"{parent.uid}-{arm}{trial}",
         env_id=parent.env_id,
@@ -202,9 +239,9 @@ def _judge(
         success_repair=success_repair,
         accepted=accepted,
         branch=next(t for t in repaired if t.success) if accepted else None,
-        tokens=resumed + len(proposal.teacher.ids),
+        tokens=resumed + proposal.teacher.n_sampled,
     )
 
 
 def _new_tokens(turns: Sequence[Turn]) -> int:
-    return sum(len(turn.action_ids) for turn in turns)
+    return sum(turn.n_chosen for turn in turns)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from opd_agents import envs
 from opd_agents.chat import Chat
 from opd_agents.config import EnvironmentSource
+from opd_agents.distributed import ALONE, World
 from opd_agents.errors import UnknownName, UserError
 from opd_agents.evaluation.metrics import summarise
 from opd_agents.evaluation.suites import Suite, load_suite
@@ -40,20 +43,22 @@ def load_contestant(name: str, temperature: float) -> Contestant:
         return Contestant(name, policy, policy, None)
     if not Path(name).exists():
         raise UnknownName("policy", name, SCRIPTED, "opd-agents evaluate --help")
-    from opd_agents.policies.models import check_vocabulary, load_chat, load_model, load_tokenizer
+    from opd_agents.policies.models import fit_vocabulary, load_chat, load_model, load_tokenizer
 
     path = str(latest_checkpoint(Path(name)))
     tokenizer = load_tokenizer(path)
     model = load_model(path, "float32")
-    check_vocabulary(model, tokenizer, path)
+    fit_vocabulary(model, tokenizer, path)
     return model_contestant(name, model, load_chat(path, tokenizer), temperature, Actor.STUDENT)
 
 
 def model_contestant(name: str, model: Any, chat: Chat, temperature: float, actor: Actor) -> Contestant:
     from opd_agents.policies.sampler import TransformersSampler
 
-    sampled = TransformersSampler(model, chat.end_ids, actor=actor, temperature=temperature)
-    greedy = TransformersSampler(model, chat.end_ids, actor=actor, temperature=0.0)
+    sampled, greedy = (
+        TransformersSampler(model, chat.end_ids, actor=actor, temperature=t, thinking=chat.thinking)
+        for t in (temperature, 0.0)
+    )
     return Contestant(name, sampled, greedy, chat)
 
 
@@ -65,21 +70,16 @@ def run_suite(
     limit: int | None = None,
     seed: int = 0,
     on_finished: Callable[[Trajectory], None] = lambda trajectory: None,
+    world: World = ALONE,
 ) -> tuple[list[Trajectory], list[Trajectory]]:
-    """One sampled and one greedy episode per task."""
-    episodes = suite.episodes(split, limit, seed)
+    """One sampled and one greedy episode per task, shared out among the processes of ``world``."""
     results = []
     for policy, temperature in ((contestant.sampled, suite.temperature), (contestant.greedy, 0.0)):
-        finished = rollout(
-            episodes,
-            policy,
-            make=envs.make,
-            chat=contestant.chat,
-            limits=suite.rollout_limits(),
-            temperature=temperature,
-            on_finished=on_finished,
-        )
-        results.append(finished)
+        play = partial(
+            rollout, policy=policy, make=envs.make, chat=contestant.chat, limits=suite.rollout_limits(),
+            temperature=temperature, on_finished=on_finished,
+        )  # fmt: skip
+        results.append(world.shared(suite.episodes(split, limit, seed), play))
     return results[0], results[1]
 
 
@@ -91,13 +91,15 @@ def evaluate(
     out: str | Path | None = None,
     split: str = "test",
     seed: int = 0,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Evaluate ``policies`` on the test tasks of a suite; the command line's ``evaluate``.
+    """Evaluate ``policies`` on the test tasks of a suite, or of an environment made with ``options``; the
+    command line's ``evaluate``.
 
     With ``out`` the figures and all trajectories are written there. Raises UserError for unknown names
     before anything runs.
     """
-    loaded = load_suite(suite)
+    loaded = load_suite(suite, options)
     contestants = [load_contestant(name, loaded.temperature) for name in policies]
     rows = []
     for contestant in contestants:
@@ -122,16 +124,25 @@ def play(
     episodes: int = 1,
     seed: int = 0,
     split: str = "train",
+    options: Mapping[str, Any] = MappingProxyType({}),
     watch: Callable[[Trajectory], None] | None = None,
 ) -> list[Trajectory]:
     """Roll out ``policy`` on tasks 0, 1, ... of an environment's split; ``watch`` sees each as it ends."""
     contestant = load_contestant(policy, temperature=1.0)
     requests = [
-        Episode(uid=str(i), env_id=env_id, seed=seed + i, task=Task(str(i), split), stream=(seed, 2**61, i))
+        Episode(
+            uid=str(i),
+            env_id=env_id,
+            seed=seed + i,
+            task=Task(str(i), split),
+            stream=(seed, 2**61, i),
+            env_kwargs=dict(options),
+        )
         for i in range(episodes)
     ]
     # an unknown environment or task is the user's mistake, not a failed episode
-    if episodes > (size := split_sizes([EnvironmentSource(id=env_id, split=split)])[0]):
+    source = EnvironmentSource(id=env_id, split=split, options=dict(options))
+    if episodes > (size := split_sizes([source])[0]):
         raise UserError(
             f"{env_id} has {size} tasks in split {split!r}, but {episodes} episodes were asked for."
         )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.resources
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import Field, ValidationError
 
 from opd_agents import envs
-from opd_agents.config import EnvironmentSource, Section, read_yaml
+from opd_agents.config import EnvironmentSource, Section, absolute_inputs, read_yaml
 from opd_agents.errors import ConfigError, UnknownName
 from opd_agents.rollout import Episode, Limits
 from opd_agents.tasks import split_sizes
@@ -65,8 +67,14 @@ class Suite(Section):
         ]
 
 
-def load_suite(name: str) -> Suite:
-    """A shipped suite by name, a YAML file by path, or an environment id (its first 100 tasks)."""
+def load_suite(name: str, options: Mapping[str, Any] = MappingProxyType({})) -> Suite:
+    """A shipped suite by name, a YAML file by path, or an environment id (its first 100 tasks), made with
+    ``options``; a suite has its own. Relative paths in a file count from its folder."""
+    is_environment = "/" in name and not name.endswith((".yaml", ".yml"))
+    if options and not is_environment:
+        raise ConfigError(
+            f"{name} is a suite, which has options of its own: give an environment's id instead."
+        )
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():
@@ -77,15 +85,15 @@ def load_suite(name: str) -> Suite:
     }
     if name in shipped:
         return _read(shipped[name])
-    if "/" in name:
-        envs.make(name).close()  # UnknownName for an environment that does not exist
-        return Suite(name=name, environments=[SuiteEnvironment(id=name)])
+    if is_environment:
+        envs.make(name, **options).close()  # UnknownName for an environment that does not exist
+        return Suite(name=name, environments=[SuiteEnvironment(id=name, options=dict(options))])
     raise UnknownName("suite", name, [*shipped, *envs.list_envs()], "opd-agents evaluate --help")
 
 
 def _read(path: Path) -> Suite:
     try:
-        return Suite.model_validate({"name": path.stem} | read_yaml(path))
+        return Suite.model_validate({"name": path.stem} | absolute_inputs(read_yaml(path), path.parent))
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(f"{path}: `{'.'.join(map(str, first['loc']))}`: {first['msg']}") from None

@@ -42,7 +42,8 @@ class History:
 @dataclass(frozen=True, slots=True)
 class Action:
     """One action. A sampler gives ``ids`` and their log-probs; a text policy gives ``text`` (for the
-    environment: JSON calls or words) and leaves ``ids`` empty for the chat to encode."""
+    environment: JSON calls or words) and leaves ``ids`` empty for the chat to encode. ``forced`` are ranges
+    of ids that were put there and not sampled, with a log-prob of 0."""
 
     actor: Actor
     stop_reason: StopReason
@@ -50,6 +51,11 @@ class Action:
     logprobs: tuple[float, ...] | None = None
     text: str | None = None
     policy_version: int = 0
+    forced: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def n_sampled(self) -> int:
+        return len(self.ids) - sum(stop - start for start, stop in self.forced)
 
 
 class Policy(Protocol):
@@ -67,7 +73,8 @@ class ExpertPolicy:
 
 
 class RandomPolicy:
-    """A uniformly drawn tool with arguments drawn from its JSON schema: the floor of every table."""
+    """A uniformly drawn tool with arguments drawn from its JSON schema, or one character where there are no
+    tools: the floor of every table."""
 
     def act(self, histories: Sequence[History]) -> list[Action]:
         return [
@@ -76,6 +83,8 @@ class RandomPolicy:
 
     def _call(self, history: History) -> str:
         random = history.random()
+        if not history.env.tools:
+            return str(_draw({}, random))
         tool = history.env.tools[int(random.integers(len(history.env.tools)))]
         properties: Mapping[str, Mapping[str, object]] = tool.parameters.get("properties", {})
         arguments = {name: _draw(schema, random) for name, schema in properties.items()}

@@ -28,7 +28,7 @@ class GrowingLayer(DynamicLayer):
             if self._buffers[index].shape[-2] < stop:
                 old = self._buffers[index]
                 self._buffers[index] = torch.empty(
-                    *states.shape[:2], 2 * stop, states.shape[-1], dtype=states.dtype
+                    *states.shape[:2], 2 * stop, states.shape[-1], dtype=states.dtype, device=states.device
                 )
                 self._buffers[index][:, :, :length] = old[:, :, :length]
             self._buffers[index][:, :, length:stop] = states

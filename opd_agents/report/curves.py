@@ -21,11 +21,19 @@ Points = tuple[np.ndarray, np.ndarray]  # float64 [n] each: x ascending, y
 def stage_charts(stages: Sequence[Run], prefix: str) -> list[Chart]:
     """The charts of one stage, run at one or several seeds; a chart without any measurement is left out."""
     losses = _names(stages, "loss/")
+    spans = [("think", "c2"), ("call", "c3"), ("text", "c5")] if "think" in _spans(stages) else []
     charts = [
         Chart("Success of rollouts and in validation", _success(stages), rates=True),
         Chart(
             "KL per student token, in nats",
-            _lines(stages, [("distill/kl", "KL", "c1")]),
+            _lines(
+                stages,
+                [("distill/kl", "KL", "c1"), *((f"distill/kl_{kind}", kind, c) for kind, c in spans)],
+            ),
+        ),
+        Chart(
+            "Tokens that the model wrote in a step",
+            _lines(stages, [(f"rollout/{kind}_tokens", kind, colour) for kind, colour in spans]),
         ),
         Chart(
             "Loss by component" if losses else "Loss",
@@ -122,6 +130,10 @@ def _names(stages: Sequence[Run], start: str) -> list[str]:
     return list(dict.fromkeys(key.removeprefix(start) for key in keys))
 
 
+def _spans(stages: Sequence[Run]) -> list[str]:
+    return [name.removesuffix("_tokens") for name in _names(stages, "rollout/")]
+
+
 def _coloured(names: Sequence[str]) -> list[tuple[str, str]]:
     return [(name, CYCLE[i % len(CYCLE)]) for i, name in enumerate(names)]
 
@@ -144,7 +156,9 @@ def _success(stages: Sequence[Run]) -> tuple[Line, ...]:
 def _rollout_source(config: Any) -> str:
     rollout = config.get("rollout")
     source = rollout.get("source", "student") if isinstance(rollout, dict) else "student"
-    return source if isinstance(source, str) else "a mixture"
+    if isinstance(source, str):
+        return source
+    return "student" if "dataset" in source else "a mixture"  # recordings are no rollouts
 
 
 def _lines(stages: Sequence[Run], wanted: Sequence[tuple[str, str, str]]) -> tuple[Line, ...]:

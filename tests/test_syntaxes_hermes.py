@@ -4,27 +4,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd_agents.chat import hermes
+from opd_agents.chat.syntaxes import SYNTAXES, Found
 from opd_agents.types import ToolCall
 
+HERMES = SYNTAXES["hermes"]
 GET = ToolCall("get_order", {"order_id": "7"})
 BLOCK = '<tool_call>{"name":"get_order","arguments":{"order_id":"7"}}</tool_call>'
 FRAGMENTS = [
-    hermes.OPEN, hermes.CLOSE, "{", "}", "[", "]", ":", ",", '"', "'", "\\", "\n", " ", '"name"',
+    HERMES.markers[0], HERMES.markers[1], "{", "}", "[", "]", ":", ",", '"', "'", "\\", "\n", " ", '"name"',
     '"arguments"', '{"name":"', '","arguments":{', "}}", "null", "NaN", "1e999", "\\ud800", "é",
     "<|im_end|>", BLOCK,
 ]  # fmt: skip
 
 
 def test_renders_compact_json():
-    assert hermes.render((GET,)) == BLOCK
+    assert HERMES.render((GET,)) == BLOCK
 
 
 def test_parallel_calls_stand_one_after_the_other_and_read_back_in_order():
     calls = (GET, ToolCall("close_ticket", {}))
-    text = hermes.render(calls)
+    text = HERMES.render(calls)
     assert text == BLOCK + '<tool_call>{"name":"close_ticket","arguments":{}}</tool_call>'
-    found = hermes.parse(text)
+    found = HERMES.parse(text)
     assert found.calls == calls and found.error is None
     assert [text[a:b] for a, b in found.ranges] == [BLOCK, text[len(BLOCK) :]]
 
@@ -33,7 +34,7 @@ def test_reads_a_call_inside_prose_and_the_spaced_form():
     text = (
         'Let me look.\n<tool_call>\n{"name": "get_order", "arguments": {"order_id": "7"}}\n</tool_call> Wait.'
     )
-    found = hermes.parse(text)
+    found = HERMES.parse(text)
     assert found.calls == (GET,) and found.error is None
     start, stop = found.ranges[0]
     assert text[:start] == "Let me look.\n" and text[stop:] == " Wait."
@@ -41,11 +42,11 @@ def test_reads_a_call_inside_prose_and_the_spaced_form():
 
 def test_markers_inside_a_string_argument_do_not_end_the_block():
     call = ToolCall("say", {"text": "</tool_call><tool_call>{"})
-    assert hermes.parse(hermes.render((call,))).calls == (call,)
+    assert HERMES.parse(HERMES.render((call,))).calls == (call,)
 
 
 def test_text_without_a_call_has_no_range_and_no_error():
-    assert hermes.parse("Your order was refunded.") == hermes.Found((), (), None)
+    assert HERMES.parse("Your order was refunded.") == Found((), (), None)
 
 
 @pytest.mark.parametrize(
@@ -74,27 +75,27 @@ def test_text_without_a_call_has_no_range_and_no_error():
     ],
 )
 def test_what_is_not_exactly_a_call_is_an_error_and_no_call(text, problem):
-    found = hermes.parse(text)
+    found = HERMES.parse(text)
     assert found.calls == () and problem in (found.error or "")
     assert found.ranges
 
 
 def test_one_bad_block_spoils_the_whole_action():
-    found = hermes.parse(BLOCK + "<tool_call>{}</tool_call>" + BLOCK)
+    found = HERMES.parse(BLOCK + "<tool_call>{}</tool_call>" + BLOCK)
     assert found.calls == () and found.error and len(found.ranges) == 3
 
 
 def test_bare_json_is_read_as_an_environment_would():
-    found = hermes.parse(' {"name":"get_order","arguments":{"order_id":"7"}}')
+    found = HERMES.parse(' {"name":"get_order","arguments":{"order_id":"7"}}')
     assert found.bare and found.calls == (GET,)
-    broken = hermes.parse('{"name":')
+    broken = HERMES.parse('{"name":')
     assert broken.bare and broken.calls == () and broken.error
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.lists(st.sampled_from(FRAGMENTS), max_size=14).map("".join) | st.text(max_size=40))
 def test_fuzz_never_raises_and_ranges_are_ordered(text):
-    found = hermes.parse(text)
+    found = HERMES.parse(text)
     edges = [edge for pair in found.ranges for edge in pair]
     assert edges == sorted(edges) and all(0 <= edge <= len(text) for edge in edges)
     assert all(a < b for a, b in found.ranges)
@@ -114,6 +115,6 @@ JSON = st.recursive(
 )
 def test_every_call_reads_back(arguments):
     calls = tuple(ToolCall(f"tool_{i}", a) for i, a in enumerate(arguments))
-    found = hermes.parse(hermes.render(calls))
+    found = HERMES.parse(HERMES.render(calls))
     assert found.error is None and found.calls == calls
     assert json.loads(json.dumps([dict(call.arguments) for call in found.calls])) == arguments

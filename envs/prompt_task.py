@@ -1,0 +1,99 @@
+"""One prompt, one answer, one verdict: tasks of the user's with a verifier of the user's."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from opd_agents.envs.base import AgentEnv
+from opd_agents.envs.tasks import TaskRow
+from opd_agents.errors import DataError, EnvironmentContractError
+from opd_agents.plugins import load_object
+from opd_agents.types import Task
+
+BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def exact(answer: str, row: TaskRow) -> bool:
+    """Whether the answer is the row's, space around it aside."""
+    return answer.strip() == str(row.answer).strip()
+
+
+def number(answer: str, row: TaskRow) -> bool:
+    """Whether the last number of the answer, of its last ``\\boxed{}`` if it has one, is the row's last."""
+    found, wanted = _last_number(answer), _last_number(str(row.answer))
+    return found is not None and found == wanted
+
+
+def _last_number(text: str) -> float | None:
+    boxed = BOXED.findall(text)
+    numbers = NUMBER.findall(boxed[-1] if boxed else text)
+    return float(numbers[-1].replace(",", "")) if numbers else None
+
+
+VERIFIERS: dict[str, Callable[[str, TaskRow], Any]] = {"exact": exact, "number": number}
+
+
+class PromptTask(AgentEnv):
+    """One-turn prompts from a task file; the reward is the verifier's word on the text that is answered."""
+
+    family: ClassVar[str] = "prompts"
+    row_fields: ClassVar[tuple[str, ...]] = ("prompt",)
+    text_only: ClassVar[bool] = True
+    max_turns = 1
+    split_sizes = {}  # noqa: RUF012  # those of the task file
+
+    def __init__(self, verifier: str = "exact", system: str = "") -> None:
+        """``verifier``: ``exact`` or ``number`` (both compare with the row's ``answer``, which the scripted
+        expert gives), or ``module:name``, a function (answer text, TaskRow) -> bool or number in [0, 1]."""
+        super().__init__([])
+        self.verifier, self.system_prompt = verifier, system
+        self.has_expert = verifier in VERIFIERS  # type: ignore[misc]  # a matter of the instance here
+        what = f"PromptTask: verifier (or one of {', '.join(VERIFIERS)})"
+        self._verify = VERIFIERS.get(verifier) or load_object(verifier, what)
+        self._answer: str | None = None
+
+    def check_row(self, row: TaskRow) -> None:
+        super().check_row(row)
+        if self.verifier not in VERIFIERS:
+            return
+        if not isinstance(row.answer, str | int | float) or str(row.answer).strip() == "":
+            raise DataError(f"the field `answer` must be a text or a number for verifier {self.verifier!r}.")
+        if self.verifier == "number" and _last_number(str(row.answer)) is None:
+            raise DataError(f"there is no number in the field `answer`, {row.answer!r:.60}.")
+
+    def begin(self, task: Task) -> str:
+        self._answer = None
+        return str(self.row.prompt)
+
+    def on_text(self, text: str) -> str:
+        self._answer = text
+        self.finish()
+        return ""
+
+    def success(self) -> float:
+        verdict = self._verify(self._answer or "", self.row)
+        try:
+            value = float(verdict)
+        except (TypeError, ValueError):
+            value = math.nan
+        if not 0 <= value <= 1:
+            raise EnvironmentContractError(
+                f"The verifier {self.verifier} gave {verdict!r:.60} for row {self.row.id!r}: it must give a "
+                "bool or a number in [0, 1]."
+            )
+        return value
+
+    def expert_action(self) -> str:
+        if not self.has_expert:
+            return super().expert_action()
+        return str(self.row.answer)
+
+    def get_state(self) -> Any:
+        return self._answer
+
+    def set_state(self, state: Any) -> None:
+        self._answer = state

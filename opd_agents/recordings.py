@@ -1,0 +1,271 @@
+"""Recorded conversations -> trajectories, as if the policy of a rollout had written them.
+
+A recording is packed, scored and trained on like an episode; its actor is the corpus and it has no behaviour
+log-probs. Which recordings a step draws depends on (seed, step) alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from opd_agents.chat import Chat
+from opd_agents.config import Recorded, RunConfig
+from opd_agents.envs.actions import format_calls
+from opd_agents.errors import ConfigError, DataError
+from opd_agents.messages import Conversation, read_conversation
+from opd_agents.rows import Rows, read_rows
+from opd_agents.schedules import dealt
+from opd_agents.types import (
+    Actor,
+    Message,
+    Outcome,
+    StopReason,
+    Task,
+    ToolCall,
+    ToolSpec,
+    Trajectory,
+    Turn,
+    to_dict,
+)
+
+RECORDED = "recorded"  # in place of an environment's id
+MANY = 2000  # rows that take long enough to show a bar
+MOST_ERRORS = 3  # shown at once
+
+
+def to_trajectory(
+    conversation: Conversation, chat: Chat, *, uid: str, task: Task, temperature: float = 1.0
+) -> Trajectory:
+    """The token ids that a rollout would hold, had the policy written these messages in the template's way.
+
+    The last turn has the reward. Turns that are not learned from weigh 0. Raises ConfigError where the
+    template cannot render the messages, DataError for a text that the tokenizer cannot write.
+    """
+    turns = tuple(_turns(conversation, chat))
+    system = [Message("system", conversation.system)] if conversation.system else []
+    return Trajectory(
+        uid=uid, env_id=RECORDED, env_kwargs={"tools": to_dict(conversation.tools)}, seed=0, task=task,
+        turns=turns, outcome=Outcome.SUCCESS if conversation.success else Outcome.FAILURE,
+        reward=conversation.reward, temperature=temperature,
+        messages=(*system, *conversation.messages[: conversation.actions()[0]]),
+    )  # fmt: skip
+
+
+def _turns(conversation: Conversation, chat: Chat) -> Iterator[Turn]:
+    messages, places, tools = conversation.messages, conversation.actions(), conversation.tools
+    ids: tuple[int, ...] = ()
+    before = 0
+    for place, following in zip(places, [*places[1:], len(messages)], strict=True):
+        message = messages[place]
+        if ids and chat.history == "append":
+            since, calls = messages[before + 1 : place], messages[before].tool_calls
+            prompt = ids + chat.suffix_ids(since, ended=True, calls=calls, end=ids[-1])
+        else:
+            prompt = chat.prompt_ids(messages[:place], tools, conversation.system)
+        starts = not ids or prompt[: len(ids)] != ids
+        context_ids = prompt if starts else prompt[len(ids) :]
+        action_ids = chat.encode_message(message, after=messages[place - 1].role, tools=tools)
+        if chat.tokenizer.unk_token_id in set(action_ids) - chat.end_ids:
+            raise DataError(f"the tokenizer has no token for some character of {message.content[:60]!r}.")
+        parsed = chat.parse(action_ids, ended=True, context_ids=context_ids, tools=tools)
+        last = following == len(messages)
+        yield Turn(
+            context_ids=context_ids, action_ids=action_ids, logprobs=None, actor=Actor.CORPUS,
+            policy_version=0, text=parsed.text,
+            action=format_calls(message.tool_calls) if message.tool_calls else message.content,
+            observation="\n".join(m.content for m in messages[place + 1 : following]),
+            reward=conversation.reward if last else 0.0, terminated=last, truncated=False,
+            stop_reason=StopReason.NOT_SAMPLED, state_digest="", calls=message.tool_calls,
+            spans=parsed.spans, starts_segment=starts, weight=float(conversation.trained[place]),
+        )  # fmt: skip
+        ids, before = prompt + action_ids, place
+
+
+def to_conversation(trajectory: Trajectory, chat: Chat | None, tools: Sequence[ToolSpec]) -> Conversation:
+    """The other direction: an episode of any actor as messages. ``chat`` reads its token ids, if it has any;
+    ``tools`` are those of its environment.
+
+    Raises DataError for an episode without an action, for token ids without a chat, and for a turn whose
+    calls the template does not write or whose answers cannot be told apart: the observation of several calls
+    is one text, a line for each.
+    """
+    opening = trajectory.messages
+    system = opening[0].content if opening and opening[0].role == "system" else ""
+    messages = [message for message in opening if message.role != "system"]
+    trained = [False] * len(messages)
+    for number, turn in enumerate(trajectory.turns):
+        where = f"{trajectory.uid}, turn {number}"
+        said = _said(turn, chat, tools, where)
+        answers = _answers(turn, said.tool_calls, where)
+        messages += [said, *answers]
+        trained += [turn.weight > 0, *(False for _ in answers)]
+    if not any(trained):
+        raise DataError(f"{trajectory.uid}: there is no action in it.")
+    if messages[-1].role == "user":  # an environment's last word to a finished episode
+        messages, trained = messages[:-1], trained[:-1]
+    return Conversation(
+        system, tuple(tools), tuple(messages), tuple(trained), trajectory.success, trajectory.reward,
+        trajectory.task.id,
+    )  # fmt: skip
+
+
+def _said(turn: Turn, chat: Chat | None, tools: Sequence[ToolSpec], where: str) -> Message:
+    if not turn.action_ids:  # of an actor without tokens
+        return Message("assistant", "" if turn.calls else turn.action, turn.calls)
+    if chat is None:
+        raise DataError(f"{where}: it holds token ids; name the model that wrote them.")
+    ended = turn.stop_reason in (StopReason.END, StopReason.NOT_SAMPLED)
+    said = chat.read_message(turn.action_ids, ended=ended, context_ids=turn.context_ids, tools=tools)
+    if not turn.calls and said.tool_calls:  # the environment did not take it for a call
+        return Message("assistant", turn.text)
+    if len(said.tool_calls) != len(turn.calls):
+        raise DataError(f"{where}: its calls cannot be written as messages by this model's chat template.")
+    return said
+
+
+def _answers(turn: Turn, calls: Sequence[ToolCall], where: str) -> list[Message]:
+    if not calls:
+        return [Message("user", turn.observation)]
+    answers = [turn.observation] if len(calls) == 1 else turn.observation.split("\n")
+    if len(answers) != len(calls):
+        raise DataError(f"{where}: the answers to its {len(calls)} calls cannot be told apart.")
+    return [Message("tool", answer) for answer in answers]
+
+
+def encode_row(
+    rows: Rows, index: int, chat: Chat, most_tokens: int | None, *, uid: str = "", temperature: float = 1.0
+) -> Trajectory:
+    """Row ``index`` as a trajectory. Raises DataError, with file, row and field, for a row that cannot be
+    used, also for one of more than ``most_tokens`` tokens."""
+    where = rows.where(index)
+    conversation = read_conversation(rows[index], where)
+    task = Task(conversation.id or str(index), rows.split)
+    try:
+        trajectory = to_trajectory(conversation, chat, uid=uid, task=task, temperature=temperature)
+    except (ConfigError, DataError) as error:
+        raise DataError(f"{where}: {error}") from error
+    longest = max(
+        sum(len(turn.context_ids) + len(turn.action_ids) for turn in trajectory.turns[start:stop])
+        for start, stop in trajectory.segments()
+    )
+    if most_tokens is not None and longest > most_tokens:
+        raise DataError(
+            f"{where}: {longest} tokens, more than rollout.max_context_tokens {most_tokens}; raise that, or"
+            " shorten or leave out the row."
+        )
+    return trajectory
+
+
+def encode_rows(rows: Rows, chat: Chat, most_tokens: int | None) -> Iterator[Trajectory | DataError]:
+    """Every row as a trajectory, or what is wrong with it."""
+    for index in _told(rows):
+        try:
+            yield encode_row(rows, index, chat, most_tokens, uid=f"{RECORDED}-{index:06d}")
+        except DataError as error:
+            yield error
+
+
+def read_conversations(rows: Rows) -> Iterator[Conversation | DataError]:
+    """Every row as a conversation, or what is wrong with it."""
+    for index in _told(rows):
+        try:
+            yield read_conversation(rows[index], rows.where(index))
+        except DataError as error:
+            yield error
+
+
+def refuse_bad(results: Iterable[object], total: int) -> None:
+    """Raise one DataError with the first bad rows, if there are any among ``results``."""
+    errors = [result for result in results if isinstance(result, DataError)]
+    if errors:
+        more = f"\n({len(errors) - MOST_ERRORS} more of {total} rows are bad.)"
+        first = "\n".join(map(str, errors[:MOST_ERRORS]))
+        raise DataError(first + (more if len(errors) > MOST_ERRORS else ""))
+
+
+def _told(rows: Rows) -> Iterable[int]:
+    doing, console = f"Reading {rows.path.name}", Console(stderr=True)
+    return track(range(len(rows)), doing, console=console, transient=True, disable=len(rows) < MANY)
+
+
+def texts(rows: Rows) -> Iterator[str]:
+    """All that a tokenizer must be able to write, row by row."""
+    for index in range(len(rows)):
+        conversation = read_conversation(rows[index], rows.where(index))
+        yield conversation.system
+        yield from (json.dumps(to_dict(tool)) for tool in conversation.tools)
+        for message in conversation.messages:
+            yield message.content
+            yield message.reasoning or ""
+            if message.tool_calls:
+                yield format_calls(message.tool_calls)
+
+
+def student_groups(config: RunConfig, step: int) -> np.ndarray:
+    """Which groups of a step the student rolls out (bool [groups]); the others are recorded."""
+    rollout = config.rollout
+    groups = rollout.episodes_per_step // rollout.group_size
+    if not isinstance(rollout.source, Recorded):
+        return np.ones(groups, dtype=bool)
+    random = np.random.Generator(np.random.Philox(key=[config.seed, step], counter=[0, 0, 3, 2**63]))
+    mine = student_groups_before(config, step + 1) - student_groups_before(config, step)
+    return random.permutation(groups) < mine
+
+
+def student_groups_before(config: RunConfig, step: int) -> int:
+    """How many groups the student rolls out in the steps before ``step``."""
+    rollout = config.rollout
+    groups = step * (rollout.episodes_per_step // rollout.group_size)
+    if not isinstance(rollout.source, Recorded):
+        return groups
+    return dealt(groups, [rollout.source.student, 1 - rollout.source.student])[0]
+
+
+class Recordings:
+    """The recorded part of a run's experience, all rows checked. Raises DataError."""
+
+    def __init__(self, config: RunConfig, source: Recorded, chat: Chat) -> None:
+        self.config, self.chat = config, chat
+        self.rows = read_rows(source.dataset, source.split)
+        most = config.rollout.max_context_tokens
+        refuse_bad(encode_rows(self.rows, chat, most), len(self.rows))
+
+    def drawn(self, step: int) -> int:
+        """How many conversations the steps before ``step`` take."""
+        rollout = self.config.rollout
+        played = student_groups_before(self.config, step) * rollout.group_size
+        return step * rollout.episodes_per_step - played
+
+    def epoch(self, step: int) -> float:
+        """Passes over the data after ``step`` steps."""
+        return self.drawn(step) / len(self.rows)
+
+    def draw(self, step: int) -> list[Trajectory]:
+        """The next conversations, in the places of the step's groups that the student does not roll out."""
+        size, next_ = self.config.rollout.group_size, self.drawn(step)
+        trajectories = []
+        for group in (~student_groups(self.config, step)).nonzero()[0].tolist():
+            for number in range(group * size, (group + 1) * size):
+                epoch, place = divmod(next_, len(self.rows))
+                index = int(_order(self.config.seed, len(self.rows), epoch)[place])
+                trajectories.append(self._trajectory(index, f"{step:06d}-{number:04d}"))
+                next_ += 1
+        return trajectories
+
+    def _trajectory(self, index: int, uid: str) -> Trajectory:
+        rollout = self.config.rollout
+        return encode_row(
+            self.rows, index, self.chat, rollout.max_context_tokens, uid=uid, temperature=rollout.temperature
+        )
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, size: int, epoch: int) -> np.ndarray:
+    random = np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, size, 2**61]))
+    return random.permutation(size)

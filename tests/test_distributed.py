@@ -1,0 +1,223 @@
+"""Two processes on the CPU train what one does: losses, gradients, checkpoints, resumed either way."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from opd_agents.batch import pack
+from opd_agents.config import RunConfig
+from opd_agents.distributed import ALONE, World, join_world
+from opd_agents.runs import checkpoints_in, latest_checkpoint
+from opd_agents.trainer import train
+
+HERE = Path(__file__).parent
+STEPS = 3
+
+pytestmark = pytest.mark.timeout(300)  # processes that import torch, on cores that others use too
+
+
+def launch(*arguments: str, module: bool = False, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Two processes that torchrun starts and ends."""
+    what = ["-m", "opd_agents"] if module else [str(HERE / "ranks.py")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *what]
+    paths = os.pathsep.join([str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OPD_DEBUG": "0"}
+    return subprocess.run(
+        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def config(output: Path, teacher: Path, /, *overrides: str, **changes: Any) -> RunConfig:
+    """Every part of the trainer takes part, and every step leaves a checkpoint."""
+    fixed = (
+        f"trainer.steps={STEPS}", "trainer.optimizer=adamw", "trainer.learning_rate=0.0005",
+        "trainer.checkpoint_every=1", "trainer.keep_last=3", *overrides,
+    )  # fmt: skip
+    evaluation = {"suite": tiny.SUITE, "limit": 5, "every": 2}
+    return tiny.mix(output, teacher, *fixed, **({"evaluation": evaluation} | changes))
+
+
+def one_episode(output: Path, teacher: Path, *overrides: str) -> RunConfig:
+    """Less than there are ranks, at every place where work is dealt out."""
+    parts = ("rollout.episodes_per_step=1", "rollout.group_size=1", *overrides)
+    loss = {"components": {"distill": tiny.DISTILL}}
+    return config(output, teacher, *parts, loss=loss, correction=None, evaluation=None)
+
+
+def written(config: RunConfig) -> str:
+    file = config.folder.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    return str(file)
+
+
+def begun(run: Path, output: Path) -> Path:
+    """A copy of a run, as it was before its last step."""
+    shutil.copytree(run, output)
+    (output / "summary.json").unlink()
+    shutil.rmtree(checkpoints_in(output)[-1])
+    return output
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
+    """Every kind of run by one process and by two: ``full-1``, ``full-2`` and so on; ``resumed-2`` was begun
+    by one process and ended by two."""
+    root, model = tmp_path_factory.mktemp("runs"), str(latest_checkpoint(tiny_teacher))
+    adapted = {"student": {"model": model, "lora": {"rank": 4, "alpha": 8.0}}}
+
+    def configs(ranks: int) -> list[RunConfig]:
+        muon = (*("trainer.optimizer=muon", "trainer.steps=2"), "trainer.gradient_checkpointing=true")
+        return [
+            config(root / f"full-{ranks}", tiny_teacher),
+            config(root / f"lora-{ranks}", tiny_teacher, **adapted),
+            one_episode(root / f"one_episode-{ranks}", tiny_teacher),
+            one_episode(root / f"muon-{ranks}", tiny_teacher, *muon),
+        ]
+
+    for alone in configs(1):
+        train(alone)
+    begun(root / "full-1", root / "resumed-2")
+    resumed = written(config(root / "resumed-2", tiny_teacher)) + "+"
+    itself = written(config(root / "itself-2", tiny_teacher, **adapted, teacher={"kind": "self"}))
+    result = launch(*map(written, configs(2)), resumed, itself)
+    assert result.returncode == 0, result.stderr
+    (root / "output.txt").write_text(result.stdout)
+    return root
+
+
+def assert_equal(one: Path, two: Path, tolerance: float = 1e-5) -> None:
+    """All that two runs leave, but for figures of time; FLOPs depend a little on which rows are batched."""
+    for mine, theirs in zip(tiny.metrics(one), tiny.metrics(two), strict=True):
+        assert mine.keys() == theirs.keys()
+        for key, value in tiny.timeless(mine).items():
+            wanted = pytest.approx(value, rel=0.02 if key == "total/flops" else tolerance, abs=tolerance)
+            assert theirs[key] == wanted, key
+    for checkpoint in ("checkpoints/step-2", f"checkpoints/step-{len(tiny.metrics(one))}", "best"):
+        first, second = one / checkpoint, two / checkpoint
+        if not first.exists():
+            continue
+        assert {file.name for file in first.iterdir()} == {file.name for file in second.iterdir()}
+        weights = "adapter_model" if (first / "adapter_config.json").exists() else "model"
+        files = [load_file(folder / f"{weights}.safetensors") for folder in (first, second)]
+        torch.testing.assert_close(files[1], files[0], rtol=tolerance, atol=tolerance)
+        if checkpoint != "best":
+            close(*(torch.load(folder / "optimizer.pt") for folder in (first, second)), tolerance)
+    for file in (one / "trajectories").iterdir():
+        close(rows(file), rows(two / "trajectories" / file.name), tolerance)
+
+
+def close(one: Any, two: Any, tolerance: float) -> None:
+    """Equal in form, and in numbers to ``tolerance``."""
+    assert type(one) is type(two)
+    if isinstance(one, dict):
+        assert list(one) == list(two)
+        for key in one:
+            close(one[key], two[key], tolerance)
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(two)
+        for mine, theirs in zip(one, two, strict=True):
+            close(mine, theirs, tolerance)
+    elif isinstance(one, torch.Tensor):
+        torch.testing.assert_close(one, two, rtol=tolerance, atol=tolerance)
+    else:
+        assert two == (pytest.approx(one, rel=tolerance, abs=tolerance) if type(one) is float else one)
+
+
+def rows(file: Path) -> list[Any]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "one_episode"])
+def test_two_processes_train_as_one(runs: Path, kind: str) -> None:
+    assert_equal(runs / f"{kind}-1", runs / f"{kind}-2")
+    if kind == "full":
+        metrics = tiny.metrics(runs / "full-2")
+        assert sum(row["correction/proposed"] for row in metrics) > 0
+        assert sum(row["groups/nonzero"] for row in metrics) > 0
+        assert [row for row in metrics if row.get("grad_share/verifier")]
+
+
+def test_muon_trains_in_parts(runs: Path) -> None:
+    assert_equal(runs / "muon-1", runs / "muon-2", tolerance=2e-3)  # it iterates in bfloat16
+
+
+def test_the_student_without_its_adapter_teaches_in_two_processes(runs: Path) -> None:
+    """Its head is the student's own, which must be there while the student is divided."""
+    first, *rest = tiny.metrics(runs / "itself-2")
+    assert first["distill/kl"] == pytest.approx(0, abs=1e-6)  # a fresh adapter changes nothing
+    assert rest[-1]["distill/kl"] > 0  # the verifier has moved it since
+
+
+def test_two_processes_end_what_one_began(runs: Path) -> None:
+    assert_equal(runs / "full-1", runs / "resumed-2")
+
+
+def test_one_process_ends_what_two_began(runs: Path, tmp_path: Path, tiny_teacher: Path) -> None:
+    run = begun(runs / "full-2", tmp_path / "run")
+    train(config(run, tiny_teacher), resume=True)
+    assert_equal(runs / "full-1", run)
+
+
+def test_the_parts_hold_in_both_processes(runs: Path) -> None:
+    """Among them: sums of gradients however the model was divided, and refusing what was not."""
+    for rank in range(2):
+        assert f"rank {rank} has checked all" in (runs / "output.txt").read_text()
+
+
+# ---- when something fails ----
+
+
+def test_a_failure_in_one_process_ends_all_with_its_message(tmp_path: Path, tiny_teacher: Path) -> None:
+    broken = config(
+        tmp_path / "run", tiny_teacher, imports=["tiny", "failing"],
+        environments=[{"id": "failing/OnOneRank-v0"}], evaluation=None,
+    )  # fmt: skip
+    started = time.monotonic()
+    result = launch("train", written(broken), module=True)
+    assert time.monotonic() - started < 60  # most of it imports; a collective would wait for hours
+    assert result.returncode != 0
+    assert result.stderr.count("only rank 1 sees this") == 1, result.stderr
+
+
+def test_a_mistake_in_the_config_is_told_once(tmp_path: Path, tiny_teacher: Path) -> None:
+    student = {"model": str(tmp_path / "nothing")}
+    result = launch("train", written(config(tmp_path / "run", tiny_teacher, student=student)), module=True)
+    assert result.returncode != 0
+    assert result.stderr.count("error:") == 1, result.stderr
+    assert "nothing: no such folder" in " ".join(result.stderr.split())
+    assert not (tmp_path / "run").exists()
+
+
+# ---- in this process ----
+
+
+def test_alone_nothing_changes_hands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert join_world.__wrapped__() is ALONE
+    values = torch.rand(3)
+    assert ALONE.sum(values) is values
+    assert ALONE.shared("abc", list) == ["a", "b", "c"]
+    with pytest.raises(KeyError), ALONE.errors_told_once():
+        raise KeyError
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 16])
+def test_every_row_has_one_owner_and_ranks_have_equal_loads(sampled: Any, size: int) -> None:
+    packed = pack(sampled)
+    owned = [World(rank, size).owned(packed) for rank in range(size)]
+    assert torch.stack(owned).sum(0).tolist() == [1] * len(packed.target)
+    rows = [set(packed.row[mine].tolist()) for mine in owned]
+    assert sum(map(len, rows)) == len(packed.rows)
+    loads = [sum(len(packed.rows[row]) for row in mine) for mine in rows]
+    assert max(loads) - min(loads) <= max(map(len, packed.rows))
