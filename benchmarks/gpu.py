@@ -19,12 +19,10 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
-import rich.box
 import torch
 import transformers
 import typer
-from rich.console import Console
-from rich.table import Table
+from figures import as_text, markdown, spread
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from opd_agents.batch import Packed, pack
@@ -155,7 +153,7 @@ def measure(
         work = sum(flops.values()) if part == "whole step" else flops[part]
         rate = work / median(taken) / 1e12
         rows.append({
-            "part": part, "seconds": {"median": median(taken), "min": min(taken), "max": max(taken)},
+            "part": part, "seconds": spread(taken),
             "tokens_per_second": bench.packed.n_tokens / median(taken), "tflop": work / 1e12,
             "tflop_per_second": rate, "utilisation": rate / peak if peak else None,
         })  # fmt: skip
@@ -171,21 +169,16 @@ def measure(
 
 def page(result: Mapping[str, Any]) -> str:
     """The table as Markdown."""
-    view = Table(box=rich.box.MARKDOWN)
-    for column in ("part", "seconds", "tokens/s", "model TFLOP", "TFLOP/s", "utilisation"):
-        view.add_column(column, justify="left" if column == "part" else "right", no_wrap=True)
-    for row in result["rows"]:
-        seconds = "{median:.3f} ({min:.3f} to {max:.3f})".format(**row["seconds"])
-        used = "unknown" if row["utilisation"] is None else f"{row['utilisation']:.1%}"
-        figures = f"{row['tokens_per_second']:.0f}", f"{row['tflop']:.4g}", f"{row['tflop_per_second']:.4g}"
-        view.add_row(row["part"], seconds, *figures, used)
-    facts = ", ".join(
-        f"{key} {value}" for key, value in result.items() if key != "rows" and value is not None
-    )
-    console = Console(width=120)
-    with console.capture() as captured:
-        console.print(f"Median (min to max). One run: {facts}.", view)
-    return "\n".join(line.strip() for line in captured.get().strip().splitlines()) + "\n"
+    table = [
+        {
+            "part": row["part"], "seconds": as_text(row["seconds"], digits=3),
+            "tokens/s": f"{row['tokens_per_second']:.0f}", "model TFLOP": f"{row['tflop']:.4g}",
+            "TFLOP/s": f"{row['tflop_per_second']:.4g}",
+            "utilisation": "unknown" if row["utilisation"] is None else f"{row['utilisation']:.1%}",
+        }
+        for row in result["rows"]
+    ]  # fmt: skip
+    return markdown("Median (min to max).", result, table)
 
 
 def main(

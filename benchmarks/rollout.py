@@ -11,21 +11,17 @@ are timed, alternating.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any
 
-import rich.box
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
+from figures import as_text, markdown, spread, write
 from scripted import Queue, TrlQueue, action_length, episodes, recited, rows, scripted_model
 
 from opd_agents.chat import Chat
@@ -143,10 +139,10 @@ def measure(batches: Sequence[int], turns: Sequence[int], repeats: int) -> dict[
             taken = bench.seconds(batch, n, repeats)
             for arm in ARMS:
                 ratios = [b / a for a, b in zip(taken["kept"], taken[arm], strict=True)]
-                rate = _spread([batch / seconds for seconds in taken[arm]])
+                rate = spread([batch / seconds for seconds in taken[arm]])
                 row = {"batch": batch, "turns": n, "arm": arm, "episodes_per_second": rate, **counted[n][arm]}
                 row |= {"tokens_per_second": rate["median"] * n * bench.action_tokens, "slope": slopes[arm]}
-                table.append(row | ({} if arm == "kept" else {"kept_is_faster": _spread(ratios)}))
+                table.append(row | ({} if arm == "kept" else {"kept_is_faster": spread(ratios)}))
     return {
         "parameters": bench.model.num_parameters(), "action tokens": bench.action_tokens, "repeats": repeats,
         "torch": torch.__version__, "threads": torch.get_num_threads(), "cores": os.cpu_count(),
@@ -154,27 +150,19 @@ def measure(batches: Sequence[int], turns: Sequence[int], repeats: int) -> dict[
     }  # fmt: skip
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": median(values), "min": min(values), "max": max(values)}
-
-
 def page(result: Mapping[str, Any]) -> str:
     """The table as Markdown."""
-    view = Table(box=rich.box.MARKDOWN)
-    columns = ("episodes/s", "tokens/s", "kept is faster", "prefilled", "fed", "slope")
-    for column in ("batch", "turns", "arm", *columns):
-        view.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
-    text = "{median:.2f} ({min:.2f} to {max:.2f})"
-    for row in result["rows"]:
-        ratio = text.format(**row["kept_is_faster"]) if "kept_is_faster" in row else ""
-        rates = text.format(**row["episodes_per_second"]), f"{row['tokens_per_second']:.0f}"
-        counts = f"{row['prefilled']:.0f}", f"{row['fed']:.0f}", f"{row['slope']:.2f}"
-        view.add_row(str(row["batch"]), str(row["turns"]), row["arm"], *rates, ratio, *counts)
-    facts = ", ".join(f"{key} {value}" for key, value in result.items() if key != "rows")
-    console = Console(width=120)
-    with console.capture() as captured:
-        console.print(f"Median (min to max). Prefilled and fed: tokens an episode. One run: {facts}.", view)
-    return "\n".join(line.strip() for line in captured.get().strip().splitlines()) + "\n"
+    table = [
+        {
+            "batch": str(row["batch"]), "turns": str(row["turns"]), "arm": row["arm"],
+            "episodes/s": as_text(row["episodes_per_second"]), "tokens/s": f"{row['tokens_per_second']:.0f}",
+            "kept is faster": as_text(row["kept_is_faster"]) if "kept_is_faster" in row else "",
+            "prefilled": f"{row['prefilled']:.0f}", "fed": f"{row['fed']:.0f}",
+            "slope": f"{row['slope']:.2f}",
+        }
+        for row in result["rows"]
+    ]  # fmt: skip
+    return markdown("Median (min to max). Prefilled and fed: tokens an episode.", result, table)
 
 
 def main(
@@ -189,11 +177,7 @@ def main(
     """Episodes and tokens per second with and without the cache kept, and of TRL, at 4, 8 and 16 turns."""
     torch.set_num_threads(threads)
     result = measure(batch, TURNS, repeats)
-    data, text = json.dumps(result, indent=1) + "\n", page(result)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "rollout.json").write_text(data, encoding="utf-8")
-    (out / "rollout.md").write_text(text, encoding="utf-8")
-    print(data if as_json else text, end="")
+    write(out, "rollout", result, page(result), as_json)
 
 
 if __name__ == "__main__":

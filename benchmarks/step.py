@@ -17,16 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Literal
 
-import rich.box
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
+from figures import as_text, markdown, spread, write
 from scripted import Queue, TrlQueue, recited, rows, scripted_model
 
 import opd_agents as opd
@@ -148,18 +146,26 @@ def worker(arm: Arm, folder: Path, episodes: int, turns: int, threads: int) -> d
     }  # fmt: skip
 
 
-def measure(episodes: int, turns: int, repeats: int, threads: int) -> dict[str, Any]:
-    """Both arms, alternating, each time in a fresh process; asserts that they train on the same."""
+def fresh_process(arm: Arm, folder: Path, episodes: int, turns: int, threads: int) -> dict[str, Any]:
+    """What :func:`worker` gives in a process of its own."""
+    command = [sys.executable, __file__, "--worker", arm, "--folder", str(folder)]
+    command += ["--episodes", str(episodes), "--turns", str(turns), "--threads", str(threads)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def measure(
+    episodes: int, turns: int, repeats: int, threads: int, run: Callable[..., dict[str, Any]] = fresh_process
+) -> dict[str, Any]:
+    """Both arms, alternating; asserts that they train on the same."""
     load, runs = os.getloadavg()[0], {arm: list[dict[str, Any]]() for arm in ARMS}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         build(folder)
         for repeat in range(repeats):
             for arm in ARMS[:: -1 if repeat % 2 else 1]:
-                command = [sys.executable, __file__, "--worker", arm, "--folder", name]
-                command += ["--episodes", str(episodes), "--turns", str(turns), "--threads", str(threads)]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                runs[arm].append(json.loads(done.stdout.splitlines()[-1]))
+                runs[arm].append(run(arm, folder, episodes, turns, threads))
     ours, theirs = runs["opd-agents"], runs["TRL"]
     gap = abs(ours[0]["losses"][0] - theirs[0]["losses"][0])
     assert gap < TOLERANCE, (ours[0]["losses"], theirs[0]["losses"])
@@ -171,30 +177,23 @@ def measure(episodes: int, turns: int, repeats: int, threads: int) -> dict[str, 
         "episodes": episodes, "turns": turns, "action tokens": ours[0]["action_tokens"], "repeats": repeats,
         "loss": ours[0]["losses"][0], "loss gap": gap, "torch": torch.__version__, "threads": threads,
         "cores": os.cpu_count(), "load before": round(load, 2), "load after": round(os.getloadavg()[0], 2),
-        "seconds": {arm: _spread(per_run[arm]) for arm in ARMS},
-        "peak_mib": {arm: _spread(memory[arm]) for arm in ARMS},
-        "trl_seconds_over_ours": _spread(ratios),
+        "seconds": {arm: spread(per_run[arm]) for arm in ARMS},
+        "peak_mib": {arm: spread(memory[arm]) for arm in ARMS},
+        "trl_seconds_over_ours": spread(ratios),
     }  # fmt: skip
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": median(values), "min": min(values), "max": max(values)}
 
 
 def page(result: Mapping[str, Any]) -> str:
     """The table as Markdown."""
-    view, text = Table(box=rich.box.MARKDOWN), "{median:.2f} ({min:.2f} to {max:.2f})"
-    for column in ("arm", "seconds a step", "TRL takes, times ours", "peak memory, MiB"):
-        view.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
-    for arm in ARMS:
-        ratio = text.format(**result["trl_seconds_over_ours"]) if arm == "TRL" else ""
-        memory = "{median:.0f} ({min:.0f} to {max:.0f})".format(**result["peak_mib"][arm])
-        view.add_row(arm, text.format(**result["seconds"][arm]), ratio, memory)
-    facts = ", ".join(f"{key} {value}" for key, value in result.items() if not isinstance(value, dict))
-    console = Console(width=120)
-    with console.capture() as captured:
-        console.print(f"Median (min to max) over processes. One run: {facts}.", view)
-    return "\n".join(line.strip() for line in captured.get().strip().splitlines()) + "\n"
+    table = [
+        {
+            "arm": arm, "seconds a step": as_text(result["seconds"][arm]),
+            "TRL takes, times ours": as_text(result["trl_seconds_over_ours"]) if arm == "TRL" else "",
+            "peak memory, MiB": as_text(result["peak_mib"][arm], digits=0),
+        }
+        for arm in ARMS
+    ]  # fmt: skip
+    return markdown("Median (min to max) over processes.", result, table)
 
 
 def main(
@@ -212,11 +211,7 @@ def main(
         print(json.dumps(worker(arm, folder, episodes, turns, threads)))
         return
     result = measure(episodes, turns, repeats, threads)
-    data, text = json.dumps(result, indent=1) + "\n", page(result)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "step.json").write_text(data, encoding="utf-8")
-    (out / "step.md").write_text(text, encoding="utf-8")
-    print(data if as_json else text, end="")
+    write(out, "step", result, page(result), as_json)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import gymnasium
 from gymnasium.utils import seeding
 
 from opd_agents.envs.actions import BadAction, parse_action
-from opd_agents.envs.snapshots import ForkMode, Recording, Snapshot
+from opd_agents.envs.snapshots import ForkMode, Recording, Snapshot, pickled
 from opd_agents.envs.spaces import AnyText
 from opd_agents.envs.tasks import TaskFile, TaskRow
 from opd_agents.errors import (
@@ -256,7 +256,7 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
         if self.fork_mode == "replay":
             state = Recording(self._start_rng, tuple(self._actions), tuple(self._digests))
         else:
-            state = self._pickled_state()
+            state = pickled(self.get_state(), type(self).__name__)
         return Snapshot(self._listed_task, self._turn, self._over, self.np_random.bit_generator.state, state)
 
     def restore(self, saved: Snapshot, reseed: int | None = None) -> None:
@@ -386,16 +386,6 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
             if self._finished:
                 break  # nothing can be done any more in an ended episode
         return reply
-
-    def _pickled_state(self) -> bytes:
-        state = self.get_state()
-        try:
-            return pickle.dumps(state, protocol=pickle.HIGHEST_PROTOCOL)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:  # what pickle raises, by object
-            raise EnvironmentContractError(
-                f"get_state() of {type(self).__name__} cannot be pickled ({error}): return plain data, or "
-                'set fork_mode = "replay".'
-            ) from error
 
     def _require_fork_mode(self) -> None:
         if self.fork_mode == "none":

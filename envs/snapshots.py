@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from opd_agents.errors import EnvironmentContractError
 from opd_agents.types import Task
 
 ForkMode = Literal["snapshot", "replay", "none"]
@@ -33,3 +35,14 @@ class Snapshot:
     over: bool
     rng: Mapping[str, Any]
     state: bytes | Recording
+
+
+def pickled(state: Any, owner: str) -> bytes:
+    """The result of ``get_state()`` of ``owner``, a class's name. Raises EnvironmentContractError."""
+    try:
+        return pickle.dumps(state, protocol=pickle.HIGHEST_PROTOCOL)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:  # what pickle raises, by object
+        raise EnvironmentContractError(
+            f"get_state() of {owner} cannot be pickled ({error}): return plain data, or "
+            'set fork_mode = "replay".'
+        ) from error

@@ -8,30 +8,29 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import importlib.resources
-import json
 import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from typer.core import TyperGroup
 
 from opd_agents.errors import ConfigError, OpdError, UserError
-
-if TYPE_CHECKING:
-    from opd_agents.traces import Traces
-    from opd_agents.types import Trajectory
-
-out = Console()
-err = Console(stderr=True)
+from opd_agents.terminal import (
+    details,
+    err,
+    listing,
+    out,
+    print_result,
+    print_written,
+    show_episode,
+    show_outcome,
+)
 
 
 class Commands(TyperGroup):
@@ -73,8 +72,6 @@ def _shipped(kind: str) -> str:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-
-
 Options = Annotated[
     list[str] | None,
     typer.Option(
@@ -184,7 +181,7 @@ def evaluate(
         result = evaluation.evaluate(
             suite, policies=policy, limit=limit, out=folder, split=split, options=_options(option)
         )
-    _print(result, evaluation.table(result), as_json)
+    print_result(result, evaluation.table(result), as_json)
 
 
 @app.command()
@@ -205,15 +202,16 @@ def rollout(
     Example: `opd-agents rollout opd_agents/OrderDesk-v0 --policy expert --watch`
     """
     from opd_agents.evaluation import play
-    from opd_agents.types import to_dict
+    from opd_agents.runs import trajectory_row
+    from opd_agents.types import to_json
 
-    show = _show_episode if watch else _show_outcome
+    show = show_episode if watch else show_outcome
     options = _options(option)
     played = play(env_id, policy, episodes=episodes, seed=seed, split=split, options=options, watch=show)
     if file is not None:
-        lines = [json.dumps({"trajectory": to_dict(t), "credit": [], "repair": None}) for t in played]
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        lines = (to_json(trajectory_row(t)) + "\n" for t in played)
+        file.write_text("".join(lines), encoding="utf-8")
 
 
 @app.command()
@@ -229,9 +227,9 @@ def envs(
 
     rows = [describe(name) for name in ([env_id] if env_id else list_envs())]
     shown = [row | {"splits": row["splits"] or "those of your task file"} for row in rows]
-    _print(
+    print_result(
         rows,
-        _details(shown[0]) if env_id else _listing(shown, "id", "family", "fork_mode", "splits", "extra"),
+        details(shown[0]) if env_id else listing(shown, "id", "family", "fork_mode", "splits", "extra"),
         as_json,
     )
 
@@ -252,7 +250,7 @@ def methods(
         out.print(text, markup=False, highlight=False, soft_wrap=True, end="")
         return
     rows = [row for row in list_methods() if name in (None, row["name"])]
-    _print(rows, _listing(rows, "name", "family", "title", "paper"), as_json)
+    print_result(rows, listing(rows, "name", "family", "title", "paper"), as_json)
 
 
 @app.command()
@@ -269,13 +267,6 @@ def report(
     from opd_agents.report import write_report
 
     out.print(f"Report: {write_report(runs, file)}", soft_wrap=True)
-
-
-def _options(given: Sequence[str] | None) -> dict[str, Any]:
-    """``KEY=VALUE`` strings as the arguments of an environment; paths count from the working folder."""
-    from opd_agents.config import absolute_inputs, parse_overrides
-
-    return absolute_inputs(parse_overrides(given or ()), Path.cwd())
 
 
 @app.command()
@@ -315,7 +306,7 @@ def import_messages(
     """
     from opd_agents import traces as program
 
-    _told(program.import_messages(traces, file, model, split=split, skip_bad=skip_bad), file)
+    print_written(program.import_messages(traces, file, model, split=split, skip_bad=skip_bad), file)
 
 
 @app.command("export-messages")
@@ -336,14 +327,15 @@ def export_messages(
     """
     from opd_agents import traces as program
 
-    _told(program.export_messages(source, file, model, only_success=only_success, skip_bad=skip_bad), file)
+    written = program.export_messages(source, file, model, only_success=only_success, skip_bad=skip_bad)
+    print_written(written, file)
 
 
-def _told(written: Traces, file: Path) -> None:
-    for reason in written.skipped:
-        err.print(f"skipped: {escape(reason)}", soft_wrap=True, highlight=False)
-    counts = f"{written.conversations} conversations, {written.turns} turns, {written.tokens} action tokens"
-    out.print(f"{file}: {counts}; {len(written.skipped)} skipped.", soft_wrap=True, highlight=False)
+def _options(given: Sequence[str] | None) -> dict[str, Any]:
+    """``KEY=VALUE`` strings as the arguments of an environment; paths count from the working folder."""
+    from opd_agents.config import absolute_inputs, parse_overrides
+
+    return absolute_inputs(parse_overrides(given or ()), Path.cwd())
 
 
 def _seeds(text: str) -> list[int]:
@@ -360,58 +352,6 @@ def _seeds(text: str) -> list[int]:
     if not seeds:
         raise ConfigError(f"--seeds {text!r} is an empty range: write the smaller number first, such as 0-4.")
     return list(dict.fromkeys(seeds))
-
-
-def _print(data: Any, table: Table, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(data, indent=2, allow_nan=False))
-    else:
-        out.print(table)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {item}" for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value))
-    return "" if value is None else str(value)
-
-
-def _listing(rows: Sequence[dict[str, Any]], *columns: str) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, overflow="fold", no_wrap=number == 0)
-    for row in rows:
-        table.add_row(*(escape(_text(row[column])) for column in columns))
-    return table
-
-
-def _details(row: dict[str, Any]) -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for key, value in row.items():
-        table.add_row(key, escape(_text(value)))
-    return table
-
-
-def _show_outcome(trajectory: Trajectory) -> None:
-    facts = f"reward {trajectory.reward:g}, {len(trajectory.turns)} turns"
-    out.print(f"[bold]task {trajectory.task.id}: {trajectory.outcome}[/], {facts}", highlight=False)
-    if trajectory.error:
-        out.print(escape(trajectory.error), style="red", soft_wrap=True)
-
-
-def _show_episode(trajectory: Trajectory) -> None:
-    show = functools.partial(out.print, markup=False, highlight=False, soft_wrap=True)
-    for message in trajectory.messages:
-        show(f"{message.role}: {message.content}", style="dim" if message.role == "system" else "bold")
-    for number, turn in enumerate(trajectory.turns, 1):
-        show(f"{number} {turn.actor}: {turn.text or turn.action}", style="cyan")
-        for problem in filter(None, (turn.parse_error, turn.tool_error)):
-            show(f"  refused: {problem}", style="yellow")
-        show(f"  {turn.observation}")
-    _show_outcome(trajectory)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,8 @@ from opd_agents.plugins import CreditFunction, Reward
 from opd_agents.policies.models import head, hidden_states
 from opd_agents.teachers import HiddenStates
 from opd_agents.types import Actor, Credit, Outcome, Trajectory
+
+FEW = 32  # tokens, whose mean gap says little
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,7 @@ def frozen_terms(
         if signal is None:
             terms = token_terms(mine, head(student), None, None, target, kind=None, temperature=temperature)
         else:
-            theirs = signal.hidden[micro.tokens]
+            theirs = signal.hidden[micro.tokens].to(mine.device)
             terms = token_terms(
                 mine, head(student), theirs, signal.head, target, kind="reverse_kl", temperature=temperature
             )
@@ -80,11 +83,17 @@ def frozen_terms(
 
 
 def check_behaviour(
-    packed: Packed, trajectories: Sequence[Trajectory], frozen: FrozenTerms, version: int, tolerance: float
+    packed: Packed,
+    trajectories: Sequence[Trajectory],
+    frozen: FrozenTerms,
+    version: int,
+    tolerance: float,
+    mean: float = math.inf,
 ) -> float:
     """Largest |re-scored - recorded| log-prob of the student's tokens of policy ``version``.
 
-    Raises AlignmentError above ``tolerance``: another temperature, other weights, or misaligned tokens.
+    Raises AlignmentError where it is above ``tolerance``, or the mean over tokens above ``mean``: another
+    temperature, other weights, or misaligned tokens.
     """
     current = torch.tensor(
         [
@@ -98,11 +107,11 @@ def check_behaviour(
         return 0.0
     gap = (frozen.logprob - packed.behaviour)[fresh].abs()
     worst = float(gap.max())
-    if not worst <= tolerance:
+    if not (worst <= tolerance and float(gap.sum()) <= mean * max(len(gap), FEW)):
         raise AlignmentError(
             f"The trainer re-scores the sampled tokens {worst:.3g} nats away from the sampler's log-probs "
-            f"(tolerance {tolerance:g}; mean {float(gap.mean()):.3g}): the temperature, the weights or the "
-            "tokens differ."
+            f"(tolerance {tolerance:g}; mean {float(gap.mean()):.3g}, tolerance {mean:g}): the temperature, "
+            "the weights or the tokens differ."
         )
     return worst
 

@@ -3,7 +3,8 @@
 Every rank knows all trajectories and the whole packed table of a step. It rolls out its share of the
 episodes, and scores and trains the rows that it owns. Parameters, gradients and optimizer state of the model
 that is updated are divided among the ranks (FSDP2); beside it stands a whole copy that acts and scores, so
-that ranks may run it as often as their own episodes need, and that gives up its memory during updates.
+that ranks may run it as often as their own episodes need, and that gives up its memory during updates. All
+read the same files: models, data and the run's folder, which the main rank alone writes.
 """
 
 from __future__ import annotations

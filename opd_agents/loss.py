@@ -95,7 +95,8 @@ def micro_losses(
 ) -> dict[str, Tensor]:
     """Each component's part of the loss in one micro-batch (scalars with gradient)."""
     hidden = hidden_states(student, micro.ids)[micro.row, micro.column]
-    theirs, their_head = (signal.hidden[micro.tokens], signal.head) if signal else (None, None)
+    theirs = signal.hidden[micro.tokens].to(hidden.device) if signal else None
+    their_head = signal.head if signal else None
 
     def scored(kind: Kind | None, beta: float) -> TokenTerms:
         target = packed.target[micro.tokens].to(hidden.device)

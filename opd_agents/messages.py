@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from opd_agents.errors import DataError
+from opd_agents.rows import shown
 from opd_agents.types import Message, ToolCall, ToolSpec, to_dict
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-REASONING = ("reasoning_content", "reasoning", "thinking")
+REASONING = ("reasoning_content", "reasoning", "thinking")  # one name per family of models
 Row: TypeAlias = Mapping[str, Any]
 
 
@@ -101,7 +102,7 @@ def _given(row: Row, where: str) -> tuple[list[Any], int, Any]:
     lists = {key: row[key] for key in ("messages", "prompt", "completion") if row.get(key) is not None}
     for key, value in lists.items():
         if not isinstance(value, list) or not value:
-            raise DataError(f"{where}: `{key}` is {_shown(value)}; it must be a list of messages with roles.")
+            raise DataError(f"{where}: `{key}` is {shown(value)}; it must be a list of messages with roles.")
     if "messages" in lists:
         return lists["messages"], 0, lambda i: f"messages[{i}]"
     if {"prompt", "completion"} <= lists.keys():
@@ -114,10 +115,10 @@ def _given(row: Row, where: str) -> tuple[list[Any], int, Any]:
 
 def _message(item: Any, where: str) -> Message:
     if not isinstance(item, Mapping) or "role" not in item:
-        raise DataError(f"{where}: {_shown(item)} is no message; it needs `role` and `content`.")
+        raise DataError(f"{where}: {shown(item)} is no message; it needs `role` and `content`.")
     role = ROLES.get(item["role"]) if isinstance(item["role"], str) else None
     if role is None:
-        raise DataError(f"{where}.role: unknown role {_shown(item['role'])}; there are {', '.join(ROLES)}.")
+        raise DataError(f"{where}.role: unknown role {shown(item['role'])}; there are {', '.join(ROLES)}.")
     calls = _calls(item.get("tool_calls"), f"{where}.tool_calls")
     if calls and role != "assistant":
         raise DataError(f"{where}.tool_calls: only an assistant calls tools, this is a message of {role}.")
@@ -146,50 +147,51 @@ def _content(value: Any, where: str) -> str | None:
         isinstance(p, Mapping) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in parts
     ):
         return "".join(part["text"] for part in parts)
-    raise DataError(f"{where}: {_shown(value)} is neither text nor a list of parts of type text.")
+    raise DataError(f"{where}: {shown(value)} is neither text nor a list of parts of type text.")
 
 
 def _calls(value: Any, where: str) -> tuple[ToolCall, ...]:
     if value is None:
         return ()
     if not isinstance(value, list):
-        raise DataError(f"{where}: {_shown(value)} is no list of calls.")
+        raise DataError(f"{where}: {shown(value)} is no list of calls.")
     return tuple(_call(item, f"{where}[{i}]") for i, item in enumerate(value))
 
 
 def _call(item: Any, where: str) -> ToolCall:
     function = item.get("function", item) if isinstance(item, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
-        raise DataError(f'{where}: {_shown(item)} is no call; write {{"function": {{"name", "arguments"}}}}.')
+        raise DataError(f'{where}: {shown(item)} is no call; write {{"function": {{"name", "arguments"}}}}.')
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}.function.arguments: not JSON ({error}).") from error
+        arguments = _loads(arguments, f"{where}.function.arguments")
     if not isinstance(arguments, Mapping):
-        raise DataError(f"{where}.function.arguments: {_shown(arguments)} is no JSON object; none is {{}}.")
+        raise DataError(f"{where}.function.arguments: {shown(arguments)} is no JSON object; none is {{}}.")
     return ToolCall(function["name"], arguments)
 
 
 def _tools(value: Any, where: str) -> tuple[ToolSpec, ...]:
     """Tools as a list, or as its JSON, which keeps a table of many schemas simple."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value) if value else None
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not JSON ({error}).") from error
-    if value is None:
+    if isinstance(value, str) and value:
+        value = _loads(value, where)
+    if value in (None, ""):
         return ()
     if not isinstance(value, list):
-        raise DataError(f"{where}: {_shown(value)} is no list of tools.")
+        raise DataError(f"{where}: {shown(value)} is no list of tools.")
     return tuple(_tool(item, f"{where}[{i}]") for i, item in enumerate(value))
+
+
+def _loads(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error}).") from error
 
 
 def _tool(item: Any, where: str) -> ToolSpec:
     function = item.get("function", item) if isinstance(item, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise DataError(f"{where}: {_shown(item)} is no tool; it needs `function.name` and its parameters.")
+        raise DataError(f"{where}: {shown(item)} is no tool; it needs `function.name` and its parameters.")
     parameters = function.get("parameters")
     if parameters is None:
         parameters = {"type": "object", "properties": {}}
@@ -236,7 +238,7 @@ def _answered(message: Message, pending: list[str | None], place: str) -> None:
 def _weight(item: Row, where: str) -> bool:
     weight = item.get("weight", 1)
     if weight not in (0, 1):
-        raise DataError(f"{where}.weight: {_shown(weight)}; it must be 0 or 1.")
+        raise DataError(f"{where}.weight: {shown(weight)}; it must be 0 or 1.")
     return bool(weight)
 
 
@@ -245,12 +247,7 @@ def _verdict(row: Row, where: str) -> tuple[bool, float]:
     success, reward = row.get("success"), row.get("reward")
     for key, value in (("success", success), ("reward", reward)):
         if value is not None and (not isinstance(value, int | float) or not math.isfinite(value)):
-            raise DataError(f"{where}: `{key}` is {_shown(value)}; it must be true, false or a number.")
+            raise DataError(f"{where}: `{key}` is {shown(value)}; it must be true, false or a number.")
     if success is None:
         success = 1.0 if reward is None else reward
     return success >= 1, float(success if reward is None else reward)
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."

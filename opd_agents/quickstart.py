@@ -21,7 +21,7 @@ from opd_agents.evaluation import load_suite, run_suite, summarise, table
 from opd_agents.evaluation.evaluate import Contestant, load_contestant
 from opd_agents.policies.models import load_model
 from opd_agents.report import write_report
-from opd_agents.runs import latest_checkpoint, save_trajectories, write_whole
+from opd_agents.runs import latest_checkpoint, save_trajectories, trajectory_row, write_whole
 from opd_agents.teachers.local import LocalTeacher
 from opd_agents.trainer import train
 from opd_agents.types import Trajectory
@@ -116,7 +116,4 @@ def _save(
         signal = LocalTeacher(str(checkpoints["teacher"]), contestant.chat).score(packed, 16384)
         frozen = frozen_terms(load_model(str(checkpoints[name]), "float32"), packed, signal, 1.0, 16384)
         credits = assign_credit(packed, trajectories, frozen, {}, {})
-    rows = (
-        {"trajectory": t, "credit": c, "repair": None} for t, c in zip(trajectories, credits, strict=True)
-    )
-    save_trajectories(output, f"eval-{name}", rows)
+    save_trajectories(output, f"eval-{name}", map(trajectory_row, trajectories, credits))

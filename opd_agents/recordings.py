@@ -63,6 +63,11 @@ def _turns(conversation: Conversation, chat: Chat) -> Iterator[Turn]:
     before = 0
     for place, following in zip(places, [*places[1:], len(messages)], strict=True):
         message = messages[place]
+        if spelled := chat.spells_control(message.content + (message.reasoning or "")):
+            raise DataError(
+                f"the assistant's text holds {spelled!r}, which would be learned as words: take it out. Calls"
+                " belong into `tool_calls`, thoughts into `reasoning_content`; the template adds markers."
+            )
         if ids and chat.history == "append":
             since, calls = messages[before + 1 : place], messages[before].tool_calls
             prompt = ids + chat.suffix_ids(since, ended=True, calls=calls, end=ids[-1])
@@ -74,6 +79,11 @@ def _turns(conversation: Conversation, chat: Chat) -> Iterator[Turn]:
         if chat.tokenizer.unk_token_id in set(action_ids) - chat.end_ids:
             raise DataError(f"the tokenizer has no token for some character of {message.content[:60]!r}.")
         parsed = chat.parse(action_ids, ended=True, context_ids=context_ids, tools=tools)
+        if len(parsed.calls) < len(message.tool_calls):  # values without a type may come back as others
+            raise DataError(
+                f"what chat.syntax {chat.syntax.name} writes for {format_calls(message.tool_calls)[:200]} is"
+                f" not read back as calls ({parsed.error}); change the call, or give another chat.syntax."
+            )
         last = following == len(messages)
         yield Turn(
             context_ids=context_ids, action_ids=action_ids, logprobs=None, actor=Actor.CORPUS,

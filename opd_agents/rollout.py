@@ -309,8 +309,8 @@ def check_conversation(
 ) -> None:
     """Begin ``episode`` and leave it, to find out before a run what would fail in each of its episodes.
 
-    Raises ConfigError where the chat's template cannot carry this environment's messages, or the first
-    prompt leaves no room for an action. An environment that fails is the rollout's matter.
+    Raises ConfigError where the chat's template cannot carry this environment's messages or knows no tools,
+    or the first prompt leaves no room for an action. An environment that fails is the rollout's matter.
     """
     live = _Live(episode, make, chat, limits)
     try:
@@ -318,6 +318,7 @@ def check_conversation(
             chat.suffix_ids([Message("user", "-")], ended=True)
             for tool in live.env.tools[:1]:
                 chat.suffix_ids([Message("tool", "-")], ended=True, calls=[ToolCall(tool.name, {})])
+            chat.check_tools_shown(live.ids, live.env.tools)
             if live.over_budget() and live.exhausted == "context":
                 raise ConfigError(
                     f"Task {episode.task.id!r} of {episode.env_id}: {live.error}. Raise"

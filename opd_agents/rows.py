@@ -131,8 +131,15 @@ def _parse(line: bytes, where: str) -> Mapping[str, Any]:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error}). JSONL holds one JSON object on every line.") from error
+    if b"\\ud" in line.lower():  # pairs of them are one character, a lone one is none
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{where}: {error.object[error.start]!r} is half a character; take it out."
+            ) from error
     if not isinstance(row, dict):
-        raise DataError(f"{where}: {_shown(row)} is no JSON object. JSONL holds one on every line.")
+        raise DataError(f"{where}: {shown(row)} is no JSON object. JSONL holds one on every line.")
     return row
 
 
@@ -141,12 +148,13 @@ def _split_of(row: Mapping[str, Any], where: str) -> str:
     if split is None:
         return DEFAULT_SPLIT
     if not isinstance(split, str) or not re.fullmatch(r"\S+", split):
-        raise DataError(f'{where}: `split` is {_shown(split)}; it must be a name such as "train".')
+        raise DataError(f'{where}: `split` is {shown(split)}; it must be a name such as "train".')
     return split
 
 
-def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str)
+def shown(value: Any) -> str:
+    """A value for a message: its JSON, the end of a long one cut off."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

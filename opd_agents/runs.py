@@ -7,14 +7,14 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from opd_agents.errors import CheckpointError, RunFolderError
-from opd_agents.types import to_json
+from opd_agents.types import Credit, Trajectory, to_json
 
 PARTIAL = ".partial-"  # names of what is being written or removed; a kill may leave them behind
 BEST, FORMER_BEST = "best", ".former-best"
@@ -41,7 +41,7 @@ class RunFolder:
                 f"{path} holds a run already. Add --resume to go on with it, give another `output=`, or "
                 "remove the folder."
             )
-        old = yaml.safe_load(stored.read_text()) if started else config
+        old = _read_config(stored) if started else config
         if changed := _differences(old, config):
             raise RunFolderError(
                 f"{path} was started with another config ({', '.join(changed)}); resume it with the config "
@@ -139,6 +139,13 @@ class RunFolder:
             write_whole(self.path / "summary.json", json.dumps(summary, indent=1) + "\n")
 
 
+def trajectory_row(
+    trajectory: Trajectory, credit: Sequence[Credit] = (), repair: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """A line of a trajectory file: an episode, the credit of its actions, and what was tried to repair it."""
+    return {"trajectory": trajectory, "credit": credit, "repair": repair}
+
+
 def save_trajectories(folder: Path, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
     """``trajectories/NAME.jsonl`` of a run folder, one line each."""
     write_whole(folder / "trajectories" / f"{name}.jsonl", "".join(to_json(row) + "\n" for row in rows))
@@ -182,8 +189,18 @@ def best_checkpoint(path: Path) -> Path:
 def _with_stages(path: Path) -> list[Path]:
     """A run folder, or those of its stages in their order."""
     config = path / "config.yaml"
-    stages = (yaml.safe_load(config.read_text()).get("stages") or {}) if config.is_file() else {}
+    stages = (_read_config(config).get("stages") or {}) if config.is_file() else {}
     return [path / stage for stage in stages] or [path]
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        config = None
+    if not isinstance(config, dict):
+        raise RunFolderError(f"{file} is no config of a run. Put it back as it was, or take another folder.")
+    return config
 
 
 def write_folder(final: Path, write: Callable[[Path], None]) -> None:

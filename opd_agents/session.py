@@ -16,7 +16,7 @@ from opd_agents import envs
 from opd_agents.chat import Chat, build_word_tokenizer
 from opd_agents.config import ChatSettings, EnvironmentSource, Recorded, RunConfig, Student
 from opd_agents.distributed import ALONE, World
-from opd_agents.errors import ConfigError, RunFolderError
+from opd_agents.errors import CheckpointError, ConfigError, RunFolderError
 from opd_agents.evaluation import load_suite
 from opd_agents.optimizers import ModelOptimizer
 from opd_agents.plugins import load_object
@@ -156,7 +156,15 @@ class Session:
         (folder / "trainer.json").write_text(json.dumps(state), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
-        state = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+        """Raises CheckpointError for a folder that is not whole, RunFolderError for data that changed."""
+        try:
+            state = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+            optimizer_state = torch.load(folder / "optimizer.pt", map_location="cpu")
+        except Exception as error:  # of torch, pickle and json: whatever a broken file makes them raise
+            raise CheckpointError(
+                f"{folder} is not whole ({type(error).__name__}), so the run cannot go on from it. Remove it "
+                "to go on from the checkpoint before, or start another run."
+            ) from error
         if state["data_sizes"] != self.data_sizes:  # its epochs would skip some rows and repeat others
             raise RunFolderError(
                 f"{folder}: the run drew from data of {state['data_sizes']} tasks or conversations, which "
@@ -165,7 +173,7 @@ class Session:
         self.step, self.updates, self.totals = state["step"], state["updates"], state["totals"]
         self.evaluation_at_start, self.evaluation = state["evaluation_at_start"], state["evaluation"]
         self.student_sampler.policy_version = self.step
-        self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu"))
+        self.optimizer.load_state_dict(optimizer_state)
 
 
 def needs_signal(config: RunConfig) -> bool:
@@ -182,8 +190,15 @@ def check_inputs(config: RunConfig) -> None:
         rows = read_rows(source.dataset, source.split)
         refuse_bad(read_conversations(rows), len(rows))
     if config.evaluation:
-        split, measured = config.evaluation.split, load_suite(config.evaluation.suite).environments
-        split_sizes([EnvironmentSource(id=e.id, options=e.options, split=split) for e in measured])
+        split, suite = config.evaluation.split, load_suite(config.evaluation.suite)
+        split_sizes([EnvironmentSource(id=e.id, options=e.options, split=split) for e in suite.environments])
+        budget, most = config.chat.thinking_budget, suite.limits.max_tokens_per_turn
+        if budget is not None and budget >= most:
+            raise ConfigError(
+                f"evaluation.suite: chat.thinking_budget {budget} leaves no room for an action, as "
+                f"{suite.name} plays with {most} tokens per action; raise limits.max_tokens_per_turn in a "
+                "suite file."
+            )
     student, teacher = config.student, config.teacher
     paths = [teacher.model if teacher and teacher.kind == "local" else None]
     if not checkpoints_in(config.folder):

@@ -1,4 +1,21 @@
-"""The model that is updated, its parameters divided among the ranks by FSDP2."""
+"""The model that is updated, its parameters divided among the ranks by FSDP2.
+
+Beside its part each rank holds the model whole, to act, to score, to evaluate and to save with: its episodes
+are its own, and so is the number of its forward passes, in each of which a divided model would wait for all
+ranks. FSDP2 could keep its layers gathered instead; that takes the same memory, slows every token down by its
+hooks, and it notes each forward pass in lists that only a backward pass empties.
+
+Gigabytes on each of n ranks for P billion weights, all of them trained by AdamW:
+
+                            while acting and scoring    while updating
+    bfloat16                2 P + 14 P / n              18 P / n    (part, master, two moments, gradient)
+    float32                 4 P + 12 P / n              16 P / n    (part, two moments, gradient)
+    adapter on bfloat16     2 P + 2 P / n               2 P / n     (part)
+
+so 30 and 18 GB for 8 billion in bfloat16 on 8 GPUs. To that come keys and values, or activations with the
+head and the layers that are gathered at the moment, 4 P / n for a second gradient where its shares are
+measured, and a local teacher, which stands whole on every rank all the time, because it may act as well.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +33,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from opd_agents.distributed import World
-from opd_agents.errors import AlignmentError
+from opd_agents.errors import AlignmentError, ConfigError
 
 R = TypeVar("R")
 
@@ -37,14 +54,21 @@ class Trained(nn.Module):
 
 
 def shard(model: PreTrainedModel, world: World) -> Trained:
-    """The model to update: ``model`` itself in a world of one, else a copy of it, divided by FSDP2.
+    """The model to update: ``model`` itself in a world of one, else its parts, divided by FSDP2.
 
     Gradients are sums over the ranks, since denominators are global. Raises AlignmentError where a
-    parameter was not divided, since its gradient would be that of this rank's rows alone.
+    parameter was not divided, since its gradient would be that of this rank's rows alone, and ConfigError for
+    trained weights of several dtypes, which FSDP2 does not reduce together.
     """
     if world.size == 1:
         return Trained(model)
-    trained = Trained(copy.deepcopy(model))
+    if len(dtypes := {str(p.dtype) for p in model.parameters() if p.requires_grad}) > 1:
+        raise ConfigError(
+            f"{type(model).__name__} has trained weights of {' and '.join(sorted(dtypes))}, which several "
+            "processes cannot train. Set student.dtype to float32, or train an adapter (student.lora)."
+        )
+    weights: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    trained = Trained(copy.deepcopy(model, weights))  # shares them until each is divided, by copying a part
     if model.device.type == "cuda":
         shard_by_accelerate(trained)
     else:  # where accelerate 1.15 would quietly take DistributedDataParallel
@@ -60,11 +84,13 @@ def shard(model: PreTrainedModel, world: World) -> Trained:
 
 
 def sum_gradients(trained: Trained) -> None:
-    """Over the ranks, where FSDP2 would average."""
+    """Over the ranks, where FSDP2 would average; a weight that one rank's rows do not meet counts as 0 there,
+    where FSDP2 would add up those of different weights."""
     for module in trained.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # the factor would be an operation of nccl alone
+            module.set_reduce_scatter_unused_params(True, recurse=False)
 
 
 def layer_names(model: PreTrainedModel) -> list[str]:
@@ -75,7 +101,7 @@ def layer_names(model: PreTrainedModel) -> list[str]:
 
 def _shard_directly(trained: Trained, mesh: DeviceMesh) -> None:
     names, policy = layer_names(trained.model), MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    for module in list(trained.modules()):
+    for module in reversed(list(trained.modules())):  # what stands inside another comes first
         if type(module).__name__ in names:
             fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(trained, mesh=mesh, mp_policy=policy)

@@ -12,6 +12,7 @@ from torch import Tensor
 from opd_agents.correction import Repair
 from opd_agents.evaluation.metrics import invalid_calls
 from opd_agents.experience import Experience
+from opd_agents.runs import trajectory_row
 from opd_agents.session import Session
 from opd_agents.types import Actor, Credit, Outcome, SpanKind, Trajectory
 
@@ -121,7 +122,7 @@ def _recorded(session: Session, experience: Experience) -> dict[str, float]:
 def trajectory_rows(experience: Experience, credits: Sequence[Sequence[Credit]]) -> list[dict[str, Any]]:
     """The lines of a step's trajectory file."""
     return [
-        {"trajectory": trajectory, "credit": credit, "repair": _repair_row(trajectory, experience.repairs)}
+        trajectory_row(trajectory, credit, _repair_row(trajectory, experience.repairs))
         for trajectory, credit in zip(experience.trajectories, credits, strict=True)
     ]
 

@@ -16,7 +16,7 @@ from opd_agents.messages import to_row
 from opd_agents.policies.models import load_chat, load_tokenizer
 from opd_agents.recordings import encode_rows, refuse_bad, to_conversation
 from opd_agents.rows import read_rows
-from opd_agents.runs import PARTIAL
+from opd_agents.runs import PARTIAL, trajectory_row
 from opd_agents.session import newest_checkpoint
 from opd_agents.types import ToolSpec, Trajectory, from_dict, to_json
 
@@ -41,7 +41,7 @@ def import_messages(
     Raises DataError for bad rows unless ``skip_bad``; nothing is written then.
     """
     results = encode_rows(read_rows(source, split), _chat(model), None)
-    lines = (one if isinstance(one, DataError) else (one, _trajectory_line(one)) for one in results)
+    lines = (one if isinstance(one, DataError) else (one, to_json(trajectory_row(one))) for one in results)
     return _write(to, lines, skip_bad)
 
 
@@ -123,7 +123,3 @@ def _write(to: Path, lines: Iterable[Line | DataError], skip_bad: bool) -> Trace
 def _chat(model: str) -> Chat:
     path = newest_checkpoint(model)
     return load_chat(path, load_tokenizer(path))
-
-
-def _trajectory_line(trajectory: Trajectory) -> str:
-    return to_json({"trajectory": trajectory, "credit": [], "repair": None})

@@ -103,15 +103,15 @@ def accumulate(
         return _by_component(_backward(session, packed, planned, signal, owned))
     losses, norms = dict[str, float](), dict[str, float]()
     masters = session.optimizer.masters
-    total = [torch.zeros_like(master) for master in masters]
+    total: list[Tensor | None] = [None] * len(masters)
     for name, component in planned.components.items():
         coefficients = {name: planned.coefficients[name]}
         alone = dataclasses.replace(planned, components={name: component}, coefficients=coefficients)
         losses |= _backward(session, packed, alone, signal, owned)
         norms[name] = session.optimizer.clip(math.inf)
-        for gradient, master in zip(total, masters, strict=True):
+        for i, (former, master) in enumerate(zip(total, masters, strict=True)):
             if master.grad is not None:
-                gradient += master.grad
+                total[i] = master.grad if former is None else former.add_(master.grad)
                 master.grad = None
     for gradient, master in zip(total, masters, strict=True):
         master.grad = gradient

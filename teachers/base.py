@@ -16,8 +16,9 @@ from opd_agents.policies.base import Action, History, Policy
 class HiddenStates:
     """The teacher's last hidden states before every action token of a packed batch, and its head.
 
-    ``hidden`` [N, H] follows the order of the packed table; ``head`` maps it to logits [N, V]. The full
-    next-token distribution is thus available by chunk, without ever storing logits.
+    ``hidden`` [N, H], on any device, follows the order of the packed table; ``head`` maps it, on the
+    student's device, to logits [N, V]. The full next-token distribution is thus available by chunk, without
+    ever storing logits.
     """
 
     hidden: Tensor
@@ -50,7 +51,7 @@ class Teacher(Protocol):
         ...
 
     def act(self, histories: Sequence[History]) -> list[Action]:
-        """Act as a policy, where ``rollout.source`` asks for the teacher."""
+        """Act as a :class:`Policy`, where ``rollout.source`` asks for the teacher."""
         ...
 
     def score(self, packed: Packed, max_tokens: int, keep: Tensor | None = None) -> HiddenStates:

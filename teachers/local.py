@@ -60,31 +60,37 @@ class ModelTeacher:
 
     @torch.no_grad()
     def score(self, packed: Packed, max_tokens: int, keep: Tensor | None = None) -> HiddenStates:
-        """Hidden states before every action token of the student's own histories, one pass per trajectory;
-        with ``keep`` (bool [N]) only of the rows that have such tokens, and of them alone."""
-        hidden = torch.empty(
-            len(packed.target), self.model.config.get_text_config().hidden_size,
-            dtype=self.model.dtype, device=self.model.device,
-        )  # fmt: skip
+        """Hidden states before every action token of the student's own histories, one pass per trajectory,
+        put on the CPU; with ``keep`` (bool [N]) only of the rows that have such tokens, and of them alone."""
+        self.sampler.release()
+        width = self.model.config.get_text_config().hidden_size
+        hidden = torch.empty(len(packed.target), width, dtype=self.model.dtype)
         for micro in packed.micro_batches(max_tokens, keep):
-            hidden[micro.tokens] = hidden_states(self.model, micro.ids)[micro.row, micro.column]
+            states = hidden_states(self.model, micro.ids)[micro.row, micro.column]
+            hidden[micro.tokens] = states.cpu()
             self.scored_tokens += micro.n_tokens
             self._scoring_flops += forward_flops(self.model, micro.n_tokens, micro.ids.shape[1] / 2)
         return HiddenStates(hidden, head(self.model))
 
 
 class LocalTeacher(ModelTeacher):
-    """A checkpoint that shares the student's vocabulary and template (checked by fingerprint)."""
+    """A checkpoint of the student's vocabulary and template; a ``chat.template`` of the run is for both."""
 
     def __init__(self, path: str, chat: Chat, *, dtype: str = "float32", temperature: float = 1.0) -> None:
         """Raises CheckpointError for an unreadable checkpoint, ConfigError for one of another chat."""
-        settings = {"kwargs": chat.kwargs, "system": chat.system}
-        own = load_chat(path, load_tokenizer(path), settings)
-        if own.fingerprint != chat.fingerprint:
+        tokenizer = load_tokenizer(path)
+        if tokenizer.get_vocab() != chat.tokenizer.get_vocab():
             raise ConfigError(
-                f"The teacher {path} has another vocabulary or chat template than the student, so it cannot "
-                "score the student's tokens. Use a teacher with the student's tokenizer, or build the "
-                "student with `student.build.tokenizer` set to the teacher's folder."
+                f"The teacher {path} has another vocabulary than the student, so it cannot score the "
+                "student's tokens. Use a teacher with the student's tokenizer, or build the student with "
+                "`student.build.tokenizer` set to the teacher's folder."
+            )
+        template = chat.template if chat.template_given else None  # the run's own is for both
+        settings = {"template": template, "kwargs": chat.kwargs, "system": chat.system}
+        if load_chat(path, tokenizer, settings).fingerprint != chat.fingerprint:
+            raise ConfigError(
+                f"The teacher {path} has another chat template than the student, so the student's prompts "
+                "may not be what it knows. Give one for both, a .jinja file, as chat.template."
             )
         model = load_model(path, dtype).requires_grad_(False)
         fit_vocabulary(model, chat.tokenizer, path)

@@ -1,5 +1,6 @@
 """Settings shared by all tests, and the ``real`` marker."""
 
+import datetime
 import importlib.util
 import os
 import shutil
@@ -86,3 +87,16 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from opd_agents.trainer import train
 
     return train(load_config(tiny.sft(tmp_path_factory.mktemp("teacher") / "run")))
+
+
+@pytest.fixture
+def new_year(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' clock stands where Chat's does."""
+    from transformers.utils import chat_template_utils
+
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> "Clock":
+            return cls(2025, 1, 1, tzinfo=tz)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Clock)

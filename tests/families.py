@@ -2,6 +2,7 @@
 family's special tokens."""
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -61,13 +62,42 @@ FAMILIES = {
 }  # fmt: skip
 
 
+# What a template spells as a marker of its own.
+MARKER = re.compile(r"<\|[^\s'\"{}]+?\|>|</?[a-z_]+>|<[|｜][^\s'\"{}<>]+[|｜]?>|\[/?[A-Z_]+\]|<\w+\|>")  # noqa: RUF001
+ENDS = {
+    "cohere": "<|END_OF_TURN_TOKEN|>", "gemma4": "<turn|>", "diffusion_gemma": "<turn|>",
+    "gemma": "<end_of_turn>", "llama3": "<|eot_id|>", "phi3": "<|end|>", "muse": "<|eot|>",
+    "idefics3": "<end_of_utterance>", "smolvlm": "<end_of_utterance>",
+}  # fmt: skip
+
+
+def published() -> list[str]:
+    """The names of all templates that trl ships."""
+    folder = resources.files("trl") / "chat_templates"
+    return sorted(path.name.removesuffix(".jinja") for path in folder.iterdir() if ".jinja" in path.name)
+
+
+def family_of(name: str) -> Family:
+    """A template's family; of one that is not in FAMILIES the markers that its text spells are tokens."""
+    known = FAMILIES.get(name) or FAMILIES.get(name.removesuffix("_training"))
+    if known is not None:
+        return known
+    found = set(MARKER.findall(template(name)))
+    end = next((end for start, end in ENDS.items() if name.startswith(start)), "<|im_end|>")
+    plain = {token for token in found if re.fullmatch(r"</?[a-z_]+>", token)}
+    return Family(
+        "<bos>" if "bos_token" in template(name) else None, end,
+        tuple(sorted(found - plain - {end, "<bos>"})), tuple(sorted(plain)),
+    )  # fmt: skip
+
+
 def template(name: str) -> str:
     return (resources.files("trl") / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 @cache
 def tokenizer(name: str) -> PreTrainedTokenizerFast:
-    family = FAMILIES[name]
+    family = family_of(name)
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(PIECES), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]

@@ -6,11 +6,16 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from rolling import desk_episodes, rolled, sampler
 from safetensors.torch import load_file
 from torch import nn
 
 from opd_agents import trainer, updates
+from opd_agents.batch import pack
 from opd_agents.config import RunConfig, load_config
+from opd_agents.credit import check_behaviour, frozen_terms
+from opd_agents.errors import AlignmentError
+from opd_agents.experience import GAPS
 from opd_agents.optimizers import ModelOptimizer
 from opd_agents.runs import latest_checkpoint
 from opd_agents.trainer import train
@@ -154,3 +159,21 @@ def test_a_split_into_micro_batches_gives_the_gradient_of_the_whole(
     assert whole.dtype == torch.float32
     assert float((split - whole).norm() / whole.norm()) < 0.02
     assert float(whole.norm()) > 0
+
+
+def test_large_logits_are_no_reason_to_stop_and_other_weights_are(tiny_llama: Any, desk_chat: Any) -> None:
+    """Of logits around 30, as models of size have, bfloat16 knows no more than an eighth or a quarter."""
+    model = tiny_llama(seed=1, tie_word_embeddings=False, num_hidden_layers=6).to(torch.bfloat16)
+
+    def rescored() -> float:
+        terms = frozen_terms(model, packed, None, 1.0, 4000)
+        return check_behaviour(packed, episodes, terms, 0, **GAPS["bfloat16"])
+
+    with torch.no_grad():
+        model.lm_head.weight.normal_(std=2.0, generator=torch.Generator().manual_seed(0))
+        episodes = rolled(desk_episodes(24, max_turns=3), sampler(model, desk_chat), desk_chat)
+        packed = pack(episodes)
+        assert rescored() > 0.2
+        model.lm_head.weight.copy_(model.lm_head.weight.roll(1, 0))  # each logit is another token's
+        with pytest.raises(AlignmentError, match="tolerance 5; mean"):
+            rescored()

@@ -303,6 +303,9 @@ def test_bad_tokenizers_and_templates_are_refused(words, byte_bpe, tmp_path):
     with pytest.raises(ConfigError, match="'tokenize' is set by opd-agents"):
         Chat(words, kwargs={"tokenize": True})
     no_end = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
+    with pytest.raises(ConfigError, match=r"as 'assistant: .*whose frame.*add_generation_prompt"):
+        Chat(byte_bpe, template=no_end)
+    no_end += "{% if add_generation_prompt %}assistant: {% endif %}"
     assert Chat(byte_bpe, template=no_end).end_ids == {byte_bpe.eos_token_id}
     without_eos = PreTrainedTokenizerFast(tokenizer_object=words.backend_tokenizer)
     with pytest.raises(ConfigError, match="no eos_token"):

@@ -294,9 +294,30 @@ def shipped() -> list[str]:
     return [e.name.removesuffix(".yaml") for e in EXPERIMENTS.iterdir() if e.name.endswith(".yaml")]
 
 
+GIVEN = {"hf_local": ("student.model=s", "teacher.model=t")}  # what a shipped experiment leaves to the user
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ((), "student.model and teacher.model missing"),
+        (("teacher.model=t",), "student.model missing"),
+        (("student.model=s",), "teacher.model missing"),
+    ],
+)
+def test_an_experiment_without_its_models_says_which(given: tuple[str, ...], missing: str) -> None:
+    assert f": {missing}" in refused("hf_local", *given)
+
+
+def test_a_local_experiment_takes_its_own_base_as_teacher_or_trains_all_weights() -> None:
+    own = load_config("hf_local", "student.model=s", "teacher.kind=self")
+    assert own.teacher is not None and own.teacher.model is None and own.student.lora is not None
+    assert load_config("hf_local", *GIVEN["hf_local"], "student.lora=null").student.lora is None
+
+
 @pytest.mark.parametrize("name", shipped())
 def test_shipped_experiments_load_and_can_be_written_and_read(name: str) -> None:
-    config = load_config(name)
+    config = load_config(name, *GIVEN.get(name, ()))
     assert (
         load_config(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))) == config
     )

@@ -36,7 +36,7 @@ def one_step(student: Any, teacher: Any, chat: Chat) -> dict[str, Any]:
     episodes = rolled(desk_episodes(6, group_size=3, max_turns=3), policy, chat, temperature=TEMPERATURE)
     packed = pack(episodes)
     signal = ModelTeacher(teacher, chat, TEMPERATURE).score(packed, 500)
-    assert signal.hidden.device == student.device
+    assert signal.hidden.device == packed.target.device
     frozen = frozen_terms(student, packed, signal, TEMPERATURE, 500)
     check_behaviour(packed, episodes, frozen, 0, 1e-3)
     weights = {name: selected(packed, episodes, c.select) for name, c in COMPONENTS.items()}

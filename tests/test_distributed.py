@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,9 @@ from safetensors.torch import load_file
 from opd_agents.batch import pack
 from opd_agents.config import RunConfig
 from opd_agents.distributed import ALONE, World, join_world
+from opd_agents.errors import ConfigError
 from opd_agents.runs import checkpoints_in, latest_checkpoint
+from opd_agents.sharding import shard
 from opd_agents.trainer import train
 
 HERE = Path(__file__).parent
@@ -27,10 +30,10 @@ STEPS = 3
 pytestmark = pytest.mark.timeout(300)  # processes that import torch, on cores that others use too
 
 
-def launch(*arguments: str, module: bool = False, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def launch(*arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """Two processes that torchrun starts and ends."""
-    what = ["-m", "opd_agents"] if module else [str(HERE / "ranks.py")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *what]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command.append(str(HERE / "ranks.py"))
     paths = os.pathsep.join([str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OPD_DEBUG": "0"}
     return subprocess.run(
@@ -72,16 +75,18 @@ def begun(run: Path, output: Path) -> Path:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
     """Every kind of run by one process and by two: ``full-1``, ``full-2`` and so on; ``resumed-2`` was begun
-    by one process and ended by two."""
+    by one process and ended by two. Starting processes takes longest, so they are started once, and end as
+    the last config makes them."""
     root, model = tmp_path_factory.mktemp("runs"), str(latest_checkpoint(tiny_teacher))
     adapted = {"student": {"model": model, "lora": {"rank": 4, "alpha": 8.0}}}
+    short = "trainer.steps=2"
 
     def configs(ranks: int) -> list[RunConfig]:
-        muon = (*("trainer.optimizer=muon", "trainer.steps=2"), "trainer.gradient_checkpointing=true")
+        muon = ("trainer.optimizer=muon", "trainer.gradient_checkpointing=true", short)
         return [
             config(root / f"full-{ranks}", tiny_teacher),
-            config(root / f"lora-{ranks}", tiny_teacher, **adapted),
-            one_episode(root / f"one_episode-{ranks}", tiny_teacher),
+            config(root / f"lora-{ranks}", tiny_teacher, short, **adapted),
+            one_episode(root / f"one_episode-{ranks}", tiny_teacher, short),
             one_episode(root / f"muon-{ranks}", tiny_teacher, *muon),
         ]
 
@@ -89,10 +94,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
         train(alone)
     begun(root / "full-1", root / "resumed-2")
     resumed = written(config(root / "resumed-2", tiny_teacher)) + "+"
-    itself = written(config(root / "itself-2", tiny_teacher, **adapted, teacher={"kind": "self"}))
-    result = launch(*map(written, configs(2)), resumed, itself)
-    assert result.returncode == 0, result.stderr
+    itself = config(
+        root / "itself-2", tiny_teacher, short, **adapted, teacher={"kind": "self"}, evaluation=None
+    )
+    mistaken = config(root / "mistaken", tiny_teacher, student={"model": str(root / "nothing")})
+    failing = config(
+        root / "failing", tiny_teacher, imports=["tiny", "failing"],
+        environments=[{"id": "failing/OnOneRank-v0"}], evaluation=None,
+    )  # fmt: skip
+    result = launch(*map(written, configs(2)), resumed, *map(written, (itself, mistaken, failing)))
     (root / "output.txt").write_text(result.stdout)
+    (root / "errors.txt").write_text(result.stderr)
+    print(result.stderr)  # shown where a test fails
+    (root / "ended.json").write_text(json.dumps([result.returncode, time.time()]))
     return root
 
 
@@ -171,32 +185,31 @@ def test_one_process_ends_what_two_began(runs: Path, tmp_path: Path, tiny_teache
 
 def test_the_parts_hold_in_both_processes(runs: Path) -> None:
     """Among them: sums of gradients however the model was divided, and refusing what was not."""
-    for rank in range(2):
-        assert f"rank {rank} has checked all" in (runs / "output.txt").read_text()
+    assert len(checked_all(runs)) == 2
+
+
+def checked_all(runs: Path) -> list[float]:
+    """When each rank was through with all but the failure."""
+    lines = re.findall(r"rank . has checked all at ([\d.]+)", (runs / "output.txt").read_text())
+    return [float(line) for line in lines]
 
 
 # ---- when something fails ----
 
 
-def test_a_failure_in_one_process_ends_all_with_its_message(tmp_path: Path, tiny_teacher: Path) -> None:
-    broken = config(
-        tmp_path / "run", tiny_teacher, imports=["tiny", "failing"],
-        environments=[{"id": "failing/OnOneRank-v0"}], evaluation=None,
-    )  # fmt: skip
-    started = time.monotonic()
-    result = launch("train", written(broken), module=True)
-    assert time.monotonic() - started < 60  # most of it imports; a collective would wait for hours
-    assert result.returncode != 0
-    assert result.stderr.count("only rank 1 sees this") == 1, result.stderr
+def test_a_failure_in_one_process_ends_all_with_its_message(runs: Path) -> None:
+    began = max(checked_all(runs))
+    code, ended = json.loads((runs / "ended.json").read_text())
+    errors = (runs / "errors.txt").read_text()
+    assert code != 0
+    assert ended - began < 60  # a collective would wait for hours
+    assert errors.count("only rank 1 sees this") == 1, errors
 
 
-def test_a_mistake_in_the_config_is_told_once(tmp_path: Path, tiny_teacher: Path) -> None:
-    student = {"model": str(tmp_path / "nothing")}
-    result = launch("train", written(config(tmp_path / "run", tiny_teacher, student=student)), module=True)
-    assert result.returncode != 0
-    assert result.stderr.count("error:") == 1, result.stderr
-    assert "nothing: no such folder" in " ".join(result.stderr.split())
-    assert not (tmp_path / "run").exists()
+def test_a_mistake_in_the_config_leaves_no_run(runs: Path) -> None:
+    """Which of the ranks tells it, they have checked."""
+    assert checked_all(runs)
+    assert not (runs / "mistaken").exists()
 
 
 # ---- in this process ----
@@ -210,6 +223,13 @@ def test_alone_nothing_changes_hands(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ALONE.shared("abc", list) == ["a", "b", "c"]
     with pytest.raises(KeyError), ALONE.errors_told_once():
         raise KeyError
+
+
+def test_weights_of_two_dtypes_are_refused(tiny_llama: Any) -> None:
+    model = tiny_llama().bfloat16()
+    model.model.norm.float()  # as some experts' routers are kept
+    with pytest.raises(ConfigError, match=r"bfloat16 and torch\.float32.*student\.lora"):
+        shard(model, World(0, 2))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 16])

@@ -6,11 +6,13 @@ from rolling import DESK, trajectory, turn
 from toy_envs import Counter
 
 from opd_agents import envs
+from opd_agents.config import load_config
 from opd_agents.errors import CheckpointError, ConfigError, UnknownName, UserError
 from opd_agents.evaluation import evaluate, load_suite, play, summarise
 from opd_agents.evaluation.evaluate import load_contestant
 from opd_agents.evaluation.metrics import wilson
 from opd_agents.policies.models import save_checkpoint
+from opd_agents.session import check_inputs
 from opd_agents.types import Outcome
 
 Z = 1.959963984540054
@@ -116,6 +118,18 @@ def test_a_limit_keeps_the_first_tasks_of_the_whole_suite(suite):
     for limit in (1, 2, 4, 10, 99):
         assert loaded.episodes("test", limit, 0) == everything[:limit]
     assert {e.env_id for e in everything[:2]} == {"tests/Counting-v0", DESK}
+
+
+def test_a_run_whose_budget_of_thought_fills_the_suites_actions_is_refused(suite):
+    text = "environments: [{id: opd_agents/OrderDesk-v0, tasks: 1}]\nlimits: {max_tokens_per_turn: 300}"
+    config = {
+        "name": "x", "method": "sft", "student": {"model": "m"},
+        "environments": [{"id": "tests/Counting-v0"}],
+        "chat": {"thinking_budget": 300}, "rollout": {"max_tokens_per_turn": 400},
+        "evaluation": {"suite": suite(text)},
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=r"budget 300 leaves no room for an action, as .* plays with 300"):
+        check_inputs(load_config(config))
 
 
 def test_a_split_with_fewer_tasks_gives_all_that_it_has(suite):

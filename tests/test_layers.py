@@ -29,7 +29,7 @@ LAYERS = (
         *("step_metrics", "experience", "updates", "trainer", "evaluation", "diagnostics"),
         *("export", "traces"),
     ),
-    ("cli", "report", "quickstart", "__main__", "__init__"),
+    ("cli", "terminal", "report", "quickstart", "__main__", "__init__"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SOURCES = {  # dotted module name -> file; the symlinked folders included

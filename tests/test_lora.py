@@ -334,6 +334,8 @@ def test_mistakes_are_told_before_training(tiny_teacher: Path, tmp_path: Path) -
         train(load_config(tiny.sft(output, student={"build": tiny.BUILD, "lora": LORA})))
     with pytest.raises(ConfigError, match=r"student\.lora"):
         config(output, tiny_teacher, teacher={"kind": "self"}, student={"model": str(tiny_teacher)})
+    with pytest.raises(ConfigError, match=r"`model` is for other kinds"):
+        config(output, tiny_teacher, teacher={"kind": "self", "model": str(tiny_teacher)})
     assert not os.path.exists(output / "metrics.jsonl")
     train(config(output, tiny_teacher, "trainer.steps=1"))  # the corrected run is not told that there is one
 

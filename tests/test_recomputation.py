@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from opd_agents.errors import ConfigError
-from opd_agents.policies.models import hidden_states
+from opd_agents.policies.models import build_model, hidden_states
 from opd_agents.policies.recomputation import prepare_recomputation, recomputed
 from opd_agents.trainer import train
 
@@ -103,3 +103,16 @@ def test_a_run_is_the_same_but_for_its_flops(
     assert a[weights] == b[weights]
     flops = [[row["total/flops"] for row in state["metrics"]] for state in (a, b)]
     assert all(more > less for less, more in zip(*flops, strict=True))
+
+
+def test_layers_that_would_drop_out_are_refused(desk_chat: Any) -> None:
+    """OPT's layers drop out themselves, by 0.1 unless told otherwise; others leave it to their parts."""
+    small = {
+        "hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 512,
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="OPTForCausalLM drop out"):
+        prepare_recomputation(build_model("opt", small, desk_chat.tokenizer, 0))
+    prepare_recomputation(build_model("opt", small | {"dropout": 0.0}, desk_chat.tokenizer, 0))
+    inside = {"attention_dropout": 0.5}
+    prepare_recomputation(build_model("llama", tiny.BUILD["config"] | inside, desk_chat.tokenizer, 0))

@@ -302,7 +302,7 @@ def test_inert_parts_are_named(tmp_path: Path) -> None:
     text = " ".join(page(write_report([tmp_path / "run"])).text.split())
     assert "Yes: 2 of 5 parts." in text
     assert "inert Corrections 0 of" in text
-    assert "inert Component policy median 1.0 % of the gradient norm" in text
+    assert "inert Component policy mean 1.0 % of the gradient norm" in text
     assert "active GRPO" in text
 
 
@@ -341,8 +341,20 @@ def test_a_running_run_is_reported_as_far_as_it_got(tmp_path: Path) -> None:
 def test_plain_run_shows_first_and_last_evaluation(tmp_path: Path) -> None:
     write_opd_stage(tmp_path / "run", np.random.default_rng(0), 0)
     text = " ".join(page(write_report([tmp_path / "run"])).text.split())
-    assert "before and after (in validation)" in text
-    assert "Student, step 0" in text and "Student, step 39" in text
+    assert "Sampled success in validation, “Student, step 0” to “Student, step 39”: +" in text
+
+
+def test_the_evaluation_before_training_comes_first(tmp_path: Path) -> None:
+    rows = [{"step": step, "loss/ce": 1.0, "grad_share/ce": 1.0, "eval/success": 0.9} for step in (10, 20)]
+    write_lines(tmp_path / "run" / "metrics.jsonl", rows)
+    write_summary = (tmp_path / "run" / "summary.json").write_text
+    write_summary(json.dumps({"evaluation_at_start": None}))
+    text = " ".join(page(write_report([tmp_path / "run"])).text.split())
+    assert "in validation, “Student, step 10” to “Student, step 20”: +0.0 points" in text
+    write_summary(json.dumps({"evaluation_at_start": rate(0.2, 100)}))
+    text = " ".join(page(write_report([tmp_path / "run"])).text.split())
+    assert "in validation, “Student, step 0” to “Student, step 20”: +70.0 points" in text
+    assert "Nothing to judge" in text and "Share of the gradient norm" not in text  # of the only component
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from opd_agents.batch import pack
 from opd_agents.credit import check_behaviour, frozen_terms
 from opd_agents.errors import AlignmentError
 from opd_agents.policies import History
-from opd_agents.policies.models import forward_flops
-from opd_agents.policies.sampler import TransformersSampler
+from opd_agents.policies import sampler as sampler_module
+from opd_agents.policies.models import build_model, forward_flops
+from opd_agents.policies.sampler import TransformersSampler, common_length
 from opd_agents.types import Actor, Outcome, StopReason
 
 ENDS = frozenset(range(14))  # a tenth of the vocabulary ends an action, so that rows end at different times
@@ -107,6 +108,118 @@ def test_reset_forgets_the_cache_of_the_old_weights(tiny_llama):
     assert action.policy_version == 3
     assert action.ids == fresh.ids
     assert action.logprobs == pytest.approx(fresh.logprobs, abs=1e-6)
+
+
+GEMMA = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 12, "query_pre_attn_scalar": 8,
+    "layer_types": ["sliding_attention", "full_attention"], "initializer_range": 0.3,
+}  # fmt: skip
+BEGINNING = tuple(20 + (7 * i) % 80 for i in range(90))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_common_beginning_is_fed_once_and_changes_nothing(tiny_llama, desk_chat, monkeypatch, family):
+    """Three episodes of one task, one of another, and what follows in later turns."""
+    model = tiny_llama() if family == "llama" else build_model(family, GEMMA, desk_chat.tokenizer, 3)
+    ends = [(30, 31), (30, 31), (30, 31), (40, 41, 42, 43, 44)]
+
+    def three_turns(policy):
+        rounds, ids = [], [BEGINNING + end for end in ends]
+        for number in range(3):
+            actions = policy.act([history(row, uid=str(e), stream=(7, 1, e)) for e, row in enumerate(ids)])
+            ids = [row + a.ids + (50 + number,) for row, a in zip(ids, actions, strict=True)]
+            rounds.append(actions)
+        return [action for actions in rounds for action in actions]
+
+    widths = []
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    shared = three_turns(once := ended_by_many(model))
+    assert widths[:2] == [(1, 90), (4, 5)]
+    monkeypatch.setattr(sampler_module, "SHARED_TOKENS", 10**9)
+    alone = three_turns(each := ended_by_many(model))
+    assert [a.ids for a in shared] == [a.ids for a in alone]
+    for one, other in zip(shared, alone, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+    spared = forward_flops(model, 3 * len(BEGINNING), (3 * 92 + 95) / 4)
+    assert each.flops - once.flops == pytest.approx(spared, rel=1e-6)
+
+
+def test_of_equal_prompts_all_but_the_last_token_is_shared(student):
+    rows = [history(BEGINNING, uid=str(e), stream=(7, 1, e)) for e in range(3)]
+    policy = ended_by_many(student)
+    actions = policy.act(rows)
+    fed = len(BEGINNING) - 1 + 3 + sum(len(a.ids) - 1 for a in actions)
+    assert policy.flops == forward_flops(student, fed, len(BEGINNING))
+    assert len({a.ids for a in actions}) > 1
+    for row, action in zip(rows, actions, strict=True):
+        alone = ended_by_many(student).act([row])[0]
+        assert alone.ids == action.ids and alone.logprobs == pytest.approx(action.logprobs, abs=1e-5)
+
+
+def test_the_common_length_leaves_each_row_a_token():
+    assert common_length([(1, 2, 3), (1, 2, 3)]) == 2
+    assert common_length([(1, 2, 3), (1, 2), (1, 2, 4)]) == 1
+    assert common_length([(1, 5, 3), (1, 2, 3), (1, 2, 9)]) == 1
+    assert common_length([(4, 2), (5, 2)]) == common_length([(4,), (4,)]) == 0
+
+
+def test_prompts_that_are_rendered_anew_each_turn(student):
+    """As a template does that drops past reasoning: no row goes on, some go on, all go on."""
+    policy, fresh = ended_by_many(student), ended_by_many(student, reuse=False)
+    ids = [(*BEGINNING, 30 + e) for e in range(4)]
+    for again in ({0, 1, 2, 3}, {1, 3}, set(), {0, 1, 2, 3}, {2}):
+        rows = [history(row, uid=str(e), stream=(7, 1, e)) for e, row in enumerate(ids)]
+        actions, expected = policy.act(rows), fresh.act(rows)
+        for one, other in zip(actions, expected, strict=True):
+            assert one.ids == other.ids and one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+        said = [action.ids for action in actions]
+        ids = [
+            (*row[:-1], 60 + e) if e in again else row + said[e] + (70 + e, 71) for e, row in enumerate(ids)
+        ]
+    assert policy.flops < fresh.flops
+
+
+def test_holes_do_not_pile_up_over_many_turns(tiny_llama):
+    """In each turn another row gets a long observation; the cache stays near the length of the longest."""
+    model, slots = tiny_llama(), []
+    policy = ended_by_many(model)
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: slots.append(kwargs["attention_mask"].shape[-1]), with_kwargs=True
+    )
+    ids = [(20, 21 + e) for e in range(4)]
+    for number in range(24):
+        ids = [row + (50 + e,) * (15 if number % 4 == e else 1) for e, row in enumerate(ids)]
+        rows = [history(row, uid=str(e), stream=(7, number, e), max_tokens=4) for e, row in enumerate(ids)]
+        ids = [row + action.ids for row, action in zip(ids, policy.act(rows), strict=True)]
+    fed_by_turns = 24 * (15 + 3)
+    assert max(slots) <= max(map(len, ids)) / 0.75 + 15 + 4 < 0.75 * fed_by_turns
+
+
+def test_a_call_that_fails_leaves_no_half_extended_cache(tiny_llama):
+    model = tiny_llama()
+    policy, fresh = ended_by_many(model), ended_by_many(model)
+    ids = tuple(range(20, 30))
+    policy.act([history(ids)])
+
+    def fail(module, args):
+        raise MemoryError
+
+    hook = model.base_model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        policy.act([history((*ids, 40))])
+    hook.remove()
+    assert policy.act([history((*ids, 40))])[0].logprobs == fresh.act([history((*ids, 40))])[0].logprobs
+
+
+def test_a_cache_is_kept_until_it_is_released(student, desk_chat):
+    policy = sampler(student, desk_chat)
+    rolled(desk_episodes(3, max_turns=2), policy, desk_chat)
+    assert policy._cached is not None
+    policy.release()
+    assert policy._cached is None
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])

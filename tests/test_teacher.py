@@ -3,7 +3,7 @@ import torch
 from rolling import LIMITS, desk_episodes, rolled, sampler
 
 from opd_agents.batch import pack
-from opd_agents.chat import Chat, build_word_tokenizer, compact_template
+from opd_agents.chat import Chat, build_word_tokenizer
 from opd_agents.errors import CheckpointError, ConfigError
 from opd_agents.policies import History
 from opd_agents.policies.models import build_model, forward_flops, save_checkpoint
@@ -78,7 +78,7 @@ def test_a_temperature_for_its_own_actions(folder, desk_chat, teacher):
 def test_another_vocabulary_is_refused(tmp_path, desk_chat):
     words = build_word_tokenizer(["another desk with other words"])
     save_checkpoint(tmp_path, build_model("llama", TINY, words, 0), words, {})
-    with pytest.raises(ConfigError, match="another vocabulary or chat template"):
+    with pytest.raises(ConfigError, match="another vocabulary"):
         LocalTeacher(str(tmp_path), desk_chat)
 
 
@@ -88,18 +88,28 @@ TINY = {
 }  # fmt: skip
 
 
-def test_another_template_is_refused(tmp_path, desk_chat, teacher):
+@pytest.fixture
+def speaks_otherwise(tmp_path, desk_chat, teacher):
+    """A teacher of the student's vocabulary with another template and another eos_token."""
     words = desk_chat.tokenizer
-    own = words.chat_template
+    own, end = words.chat_template, words.eos_token
     try:
-        words.chat_template = compact_template().replace(
-            "<|im_start|>' + message.role", "<|im_start|>' + 'the '"
-        )
+        words.chat_template = own.replace("<|im_start|>' + message.role", "<|im_start|>' + 'the '")
+        words.eos_token = words.pad_token
         save_checkpoint(tmp_path, teacher, words, {})
     finally:
-        words.chat_template = own
-    with pytest.raises(ConfigError, match="another vocabulary or chat template"):
-        LocalTeacher(str(tmp_path), desk_chat)
+        words.chat_template, words.eos_token = own, end
+    return str(tmp_path)
+
+
+def test_another_template_is_refused_unless_the_run_gives_one_for_both(speaks_otherwise, desk_chat, teacher):
+    with pytest.raises(ConfigError, match=r"another chat template.*chat\.template"):
+        LocalTeacher(speaks_otherwise, desk_chat)
+    given = Chat(desk_chat.tokenizer, template=desk_chat.template, system=desk_chat.system)
+    history = History("x", (1, 2, 3), tuple(range(20, 30)), (), 12, None)
+    expected = sampler(teacher, given, actor=Actor.TEACHER, temperature=1.0).act([history])[0]
+    action = LocalTeacher(speaks_otherwise, given).act([history])[0]
+    assert action.ids == expected.ids
 
 
 def test_a_teacher_speaks_with_the_students_settings(folder, desk_chat):

@@ -1,13 +1,11 @@
 """Golden tests against the published templates in trl: what a rollout joins is the template's rendering."""
 
 import dataclasses
-import datetime
 
 import pytest
 from families import chat, openai, openai_tool, template, tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.utils import chat_template_utils
 
 from opd_agents.chat import Chat
 from opd_agents.errors import ConfigError
@@ -69,15 +67,8 @@ def assert_canonical(name, ids, text=None):
 
 
 @pytest.fixture(autouse=True)
-def new_year(monkeypatch):
-    """transformers' clock stands where Chat's does."""
-
-    class Clock(datetime.datetime):
-        @classmethod
-        def now(cls, tz=None):
-            return cls(2025, 1, 1, tzinfo=tz)
-
-    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+def _new_year(new_year):
+    """The clock of transformers stands where Chat's does."""
 
 
 # ---- what joins to exactly the whole rendering: (template, turns, what the template writes at the end) ----

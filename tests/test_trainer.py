@@ -12,6 +12,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from opd_agents import updates
 from opd_agents.config import load_config
 from opd_agents.errors import (
     AlignmentError,
@@ -242,6 +243,46 @@ def test_a_budget_of_flops_stops_the_run(tmp_path: Path, tiny_teacher: Path) -> 
     assert [row["total/flops"] for row in rows] == spent[:5]
     assert rows[-1]["progress"] == 1
     assert [path.name for path in checkpoints_in(tmp_path / "run")] == ["step-5"]
+
+
+def test_an_update_costs_what_its_passes_cost(
+    tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted by hand: a forward and twice as much backward, over all tokens of the rows passed. Where shares
+    of the gradient are measured, each component has passes of its own; they are paid as well."""
+    passes: list[tuple[int, int, int]] = []
+    spent: list[float] = []
+    losses, accumulate = updates.micro_losses, updates.accumulate
+
+    def counting(*given: Any, micro: Any, plan: Any, **others: Any) -> Any:
+        passes.append((micro.n_tokens, micro.ids.shape[1], len(plan.components)))
+        return losses(*given, micro=micro, plan=plan, **others)
+
+    def costing(session: Any, *given: Any, **options: Any) -> Any:
+        before = session.totals["flops"]
+        measured = accumulate(session, *given, **options)
+        spent.append(session.totals["flops"] - before)
+        spent.append(by_hand(session, passes))
+        components = 1 if options["shares"] else len(session.config.loss.components)
+        assert passes and all(count == components for *_, count in passes)
+        passes.clear()
+        return measured
+
+    def by_hand(session: Any, passes: list[tuple[int, int, int]]) -> float:
+        layer = 4 * 16 * 16 + 3 * 16 * 32  # attention's four matrices, the three of the MLP: tiny.BUILD
+        weights = 2 * layer + 16 * len(session.tokenizer)
+        attention = (
+            2 * 2 * 2 * 16
+        )  # layers, two products of 2 FLOPs each, all heads' width; times the context
+        return sum(3 * n * (2 * weights + attention * width / 2) for n, width, _ in passes)
+
+    monkeypatch.setattr(updates, "micro_losses", counting)
+    monkeypatch.setattr(updates, "accumulate", costing)
+    config = tiny.mix(tmp_path / "run", tiny_teacher, "trainer.micro_batch_tokens=100", "trainer.steps=2")
+    train(config)
+    assert len(spent) == 2 * 2 * 2  # steps, updates, pairs; shares are measured in the first of the four
+    assert spent[::2] == pytest.approx(spent[1::2])
+    assert spent[0] > 1.5 * max(spent[2::2])
 
 
 def test_warmup_and_schedule_set_the_learning_rate(tmp_path: Path) -> None:

@@ -13,12 +13,14 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from opd_agents.chat.parsing import ParsedAction, parse_ids, with_forced
+from opd_agents.chat.plain_text import BREAK, PlainText
 from opd_agents.chat.reasoning import Thought
 from opd_agents.chat.syntaxes import SYNTAXES, Syntax, detect_syntax, find_syntax
-from opd_agents.chat.templates import CALLS, Template, template_text
+from opd_agents.chat.templates import CALLS, SAYS, Template, template_text
 from opd_agents.chat.thinking_budget import ThinkingBudget
 from opd_agents.envs.actions import BadAction, parse_action
 from opd_agents.errors import ConfigError
@@ -50,25 +52,30 @@ class Chat:
         history: Literal["append", "template"] = "append",
         syntax: str = "auto",
         thinking_budget: int | None = None,
+        ends: Sequence[int | None] = (),
     ) -> None:
         self.tokenizer = tokenizer
-        self.template = template_text(tokenizer, template)
+        self.template, self.template_given = template_text(tokenizer, template), template is not None
         self.kwargs = dict(kwargs or {})
         self.system, self.history = system, history
         self._template = Template(tokenizer, self.template, self.kwargs)
+        self._unreadable = False  # calls as the template writes them
         self.syntax = self._find_syntax(syntax)
+        if syntax == "auto":
+            self._check_words()
         self._closing = self._first_special(self._template.close)
         self._call_closing = self._first_special(self._template.close_call)
         self._following = {role: self._first_special(rest) for role, rest in self._rests()}
-        ends = {tokenizer.eos_token_id, self._closing, self._call_closing}
+        special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+        written = {tokenizer.eos_token_id, self._closing, self._call_closing}
         # gpt-oss closes each message of an action as it closes a past turn: that ends no action
-        ends |= set(self._following.values()) - set(self._thoughtful_call())
-        if ends <= {None}:
+        written |= set(self._following.values()) - set(self._thoughtful_call())
+        if written <= {None}:
             raise ConfigError(
                 "The chat template closes an assistant turn with no special token and the tokenizer has no"
                 " eos_token, so no action could end; set tokenizer.eos_token."
             )
-        self.end_ids: frozenset[int] = frozenset(ends - {None})
+        self.end_ids: frozenset[int] = frozenset(written - {None} | special.intersection(ends))
         self.thinking_budget = thinking_budget
         if thinking_budget is not None and self.thought is None:
             raise ConfigError(
@@ -91,9 +98,13 @@ class Chat:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of template, kwargs, system, vocabulary: equal means same texts and ids of same meaning."""
+        """sha256 of template, kwargs, system, vocabulary: equal means same texts and ids of same meaning.
+
+        Not of the tokenizer's eos_token, in which base and instruct models of one family differ: a teacher
+        ends its actions, and reads the student's, by the student's ``end_ids``.
+        """
         vocabulary = sorted(self.tokenizer.get_vocab().items())
-        data = [self.template, self.kwargs, self.system, vocabulary, sorted(self.end_ids)]
+        data = [self.template, self.kwargs, self.system, vocabulary]
         return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
 
     @property
@@ -111,10 +122,13 @@ class Chat:
         self, messages: Sequence[Message], tools: Sequence[ToolSpec], system: str
     ) -> tuple[int, ...]:
         """All up to where the next action begins. ``messages``, which may hold past turns, hold no system
-        message. Raises ConfigError where the template refuses or drops a message."""
+        message. Raises ConfigError where the template refuses or drops a message, and for ``tools`` whose
+        calls the chat could not read."""
+        self._check_readable(tools)
         system = system if self.system is None else self.system
         opening = [Message("system", system)] if system else []
-        return self._encode(self._template.prompt([*opening, *messages], tools))
+        plain = [self._plain.message(message) for message in (*opening, *messages)]
+        return self._encode(self._template.prompt(plain, [self._plain.tool(tool) for tool in tools]))
 
     def suffix_ids(
         self,
@@ -131,12 +145,13 @@ class Chat:
         choose. ``calls`` are those of the action; a template that names the tool before its answer raises
         ConfigError without them, and every template for messages that it refuses or drops.
         """
-        ids = self._encode(self._template.rest(messages, calls))
+        plain = [self._plain.message(message) for message in messages]
+        ids = self._encode(self._template.rest(plain, [self._plain.call(call) for call in calls]))
         closes = bool(ids) and ids[0] in self._following.values()
         if not ended:
             return ids if closes else (self._end_of(calls), *ids)
         # Where turns are closed by the next role's opening, another end token does not stand for it.
-        known = self._closing is not None or end is None or end == ids[0]
+        known = not self._roles_close or end is None or end == ids[0]
         return ids[1:] if closes and known else ids
 
     def parse(
@@ -189,12 +204,12 @@ class Chat:
         ``after`` is the role of the message before, ``tools`` help to read values. Raises ConfigError where
         the template cannot write the turn.
         """
-        calls = message.tool_calls
+        calls, plain = message.tool_calls, self._plain.message(message)
         if not self._writes(message, tools):
-            message = dataclasses.replace(
-                message, content=message.content + self.syntax.render(calls), tool_calls=()
-            )
-        ids = self._encode(self._template.action(message, after))
+            self._check_readable(calls)
+            written = plain.content + self.syntax.render(plain.tool_calls)
+            plain = dataclasses.replace(plain, content=written, tool_calls=())
+        ids = self._encode(self._template.action(plain, after))
         if ends := self.end_ids.intersection(ids):
             raise ConfigError(
                 f"An assistant turn holds {self._decode([min(ends)])!r}, which ends an action, before its"
@@ -222,14 +237,30 @@ class Chat:
             message = dataclasses.replace(message, content=parsed.text, tool_calls=(), reasoning=None)
         return dataclasses.replace(message, content=self._special.sub("", message.content))
 
+    def spells_control(self, text: str) -> str | None:
+        """The first control token, such as an end of turn, that ``text`` spells; None if it spells none."""
+        return self._plain.spelled(text)
+
+    def check_tools_shown(self, prompt_ids: Sequence[int], tools: Sequence[ToolSpec]) -> None:
+        """Raise ConfigError if neither the template nor a text of the prompt tells the model of its tools."""
+        if not tools or self._template.writes_calls:
+            return
+        prompt = self._decode(list(prompt_ids))
+        if not any(tool.name in prompt for tool in tools):
+            raise ConfigError(
+                "The chat template knows no tools: it shows none to the model and writes no calls. Describe"
+                f" {', '.join(tool.name for tool in tools)} and the syntax of a call ({self.syntax.form}) in"
+                " chat.system, or give a template with tools as chat.template."
+            )
+
     def cut(self, messages: Sequence[Message], max_tokens: int) -> tuple[Message, ...]:
         """``messages`` with at most ``max_tokens`` tokens of content, a mark for what is cut out counted.
 
         The middle of the longest goes first; of what is short enough nothing is changed.
         """
-        if sum(len(message.content.encode()) for message in messages) <= max_tokens:
+        if sum(len(message.content.encode(errors="surrogatepass")) for message in messages) <= max_tokens:
             return tuple(messages)  # no token is less than a byte
-        ids = [self._encode(message.content) for message in messages]
+        ids = [self._encode(self._plain.broken(message.content)) for message in messages]
         left, contents = max_tokens, [message.content for message in messages]
         by_length = sorted(range(len(ids)), key=lambda index: len(ids[index]))
         for place, index in enumerate(by_length):
@@ -249,9 +280,38 @@ class Chat:
             found = detect_syntax(self._template.action(CALLS), CALLS.tool_calls)
         except ConfigError:
             found = None
-        # R1's template speaks of calls, but writes none
-        named = (s for s in SYNTAXES.values() if s.markers and all(m in self.template for m in s.markers))
-        return found or next(named, SYNTAXES["hermes"])
+        # R1's template speaks of calls, but writes none; of LFM2's syntax only the tokenizer knows
+        known = self.template + "\n".join(map(str, self.tokenizer.added_tokens_decoder.values()))
+        named = (s for s in SYNTAXES.values() if s.markers and all(m in known for m in s.markers))
+        found = found or next(named, None)
+        self._unreadable = found is None and self._template.writes_calls
+        return found or SYNTAXES["hermes"]
+
+    def _check_words(self) -> None:
+        """Refuse a template that writes more around an answer's words than can be read."""
+        try:
+            written = self._template.action(SAYS)
+        except ConfigError:  # it writes no whole turn, so words are sampled only
+            return
+        thought = self.thought
+        read = parse_ids(
+            [*map(ord, written)], lambda ids: "".join(map(chr, ids)), self.syntax, thought,
+            opened=thought is not None and thought.opened, ended=True,
+        )  # fmt: skip
+        if read.content.strip() != SAYS.content:
+            raise ConfigError(
+                f"Behind its generation prompt the chat template writes the answer {SAYS.content!r} as"
+                f" {written!r}, whose frame would be taken for a part of the answer. Give a template that"
+                " heeds add_generation_prompt and writes answers in a known way as chat.template."
+            )
+
+    def _check_readable(self, used: Sequence[ToolSpec | ToolCall]) -> None:
+        if used and self._unreadable:
+            raise ConfigError(
+                "The chat template writes tool calls in a way that is not known here, so a model's calls"
+                " would be taken for text. Give the model another syntax as chat.syntax, such as hermes, and"
+                " describe it in chat.system; or give another template as chat.template."
+            )
 
     def _writes(self, message: Message, tools: Sequence[ToolSpec]) -> bool:
         """Whether the template writes the calls of ``message`` so that they are read back."""
@@ -271,11 +331,22 @@ class Chat:
             except ConfigError:
                 continue
 
+    @cached_property
+    def _roles_close(self) -> bool:
+        """Whether what closes a turn is the opening of the next role."""
+        following = set(self._following.values())
+        return self._closing is None or (self._closing in following and len(following) > 1)
+
     def _thoughtful_call(self) -> tuple[int, ...]:
         try:
             return self._encode(self._template.action(dataclasses.replace(CALLS, reasoning="-")))
         except ConfigError:
             return ()
+
+    @cached_property
+    def _plain(self) -> PlainText:
+        marked = (self.thought.open, self.thought.close) if self.thought else ()
+        return PlainText(self.tokenizer, self.template, (*self.syntax.markers, *marked))
 
     @cached_property
     def _special(self) -> re.Pattern[str]:
@@ -306,7 +377,8 @@ class Chat:
 
     def _encode(self, text: str) -> tuple[int, ...]:
         # The template writes BOS itself where the model wants one; the tokenizer must not add a second.
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        pieces = (self.tokenizer.encode(piece, add_special_tokens=False) for piece in text.split(BREAK))
+        return tuple(chain.from_iterable(pieces))
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

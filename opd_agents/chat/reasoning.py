@@ -13,6 +13,9 @@ from typing import Any
 
 import jinja2
 
+from opd_agents.chat.syntaxes.base import skip_space
+from opd_agents.messages import REASONING
+
 FORMS = (
     ("<think>", "</think>"),  # Qwen3, DeepSeek R1, GLM-4.5, Nemotron, LFM2
     ("[THINK]", "[/THINK]"),  # Magistral
@@ -23,7 +26,7 @@ FORMS = (
 REASON, ANSWER = "reason5b1e0d", "answer5b1e0d"
 USER = {"role": "user", "content": "-"}
 CALL = {"type": "function", "function": {"name": "probe", "arguments": {}}}
-FIELDS = dict.fromkeys(("reasoning_content", "reasoning", "thinking"), REASON)  # one name per family
+FIELDS = dict.fromkeys(REASONING, REASON)
 
 # (messages, whether with a generation prompt) -> text, as the chat's template renders them
 Render = Callable[[list[dict[str, Any]], bool], str]
@@ -148,16 +151,10 @@ def _kept(text: str, thoughts: Sequence[Range], thought: Thought) -> tuple[Range
     cursor = 0
     for start, stop in (*thoughts, (len(text), len(text))):
         kept.append((cursor, start))
-        cursor = _after_space(text, stop)
+        cursor = skip_space(text, stop)
         if header and text.startswith(header, cursor):
             cursor += len(header)
     return tuple((start, stop) for start, stop in kept if start < stop)
-
-
-def _after_space(text: str, start: int) -> int:
-    while start < len(text) and text[start].isspace():
-        start += 1
-    return start
 
 
 def _written(render: Render, opening: str, close: str) -> str | None:
@@ -178,7 +175,7 @@ def _written(render: Render, opening: str, close: str) -> str | None:
 
 def _through(after: str, close: str) -> str:
     """Of what a template writes after a thought, all up to the closing marker and the space behind it."""
-    return after[: _after_space(after, after.index(close) + len(close))]
+    return after[: skip_space(after, after.index(close) + len(close))]
 
 
 def _strips(render: Render, opening: str, close: str) -> bool:

@@ -79,10 +79,15 @@ class Template:
         ``calls`` are those of the action: some templates name the tool before its answer.
         """
         before = SAYS
-        if messages and messages[0].role == "tool" and self.answers_name_call:
+        if (
+            messages
+            and messages[0].role == "tool"
+            and (self.answers_name_call or self.close_call != self.close)
+        ):
             if not calls:
                 raise ConfigError(
-                    "This chat template names the tool before its answer, but no call is known."
+                    "This chat template names the tool before its answer, or closes a call in a way of its"
+                    " own, but no call is known."
                 )
             before = Message("assistant", "", (ToolCall(calls[0].name, {"text": SENTINEL}),))
         self._check_carried("rest", messages, lambda marked: self._rest(before, marked))
@@ -119,12 +124,17 @@ class Template:
     @cached_property
     def close_call(self) -> str:
         """The same for a turn with calls."""
-        if not self.answers_name_call:
+        try:
+            written = self._last(CALLS)
+        except ConfigError:
             return self.close
-        written = self._last(CALLS)
+        if written.endswith(self.close):
+            return self.close
+        after = written.rpartition(SENTINEL)[2]
         # not all_special_tokens: a tokenizer may name few of those that it has
         special = (t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special)
-        return written[max((written.rfind(t) for t in special if t in written), default=len(written)) :]
+        starts = [after.rfind(token) for token in special if token in after]
+        return after[max(starts) :] if starts else self.close
 
     @cached_property
     def answers_name_call(self) -> bool:
@@ -156,8 +166,16 @@ class Template:
                 "The chat template drops or changes the content of an assistant turn, so histories cannot be"
                 " token-exact; give another one as chat.template."
             )
+        if not before.tool_calls:
+            return rest
         # behind a sentinel in a call stands the end of its JSON, which belongs to the action
-        return rest[rest.index(self.close_call) :] if before.tool_calls else rest
+        start = rest.find(self.close_call)
+        if start < 0:
+            raise ConfigError(
+                f"The chat template closes a call with {self.close_call!r}, but not where its answer follows;"
+                " give another one as chat.template."
+            )
+        return rest[start:]
 
     def _check_carried(
         self, place: str, messages: Sequence[Message], render: Callable[[Sequence[Message]], str]

@@ -64,11 +64,11 @@ class Teacher(Section):
     options: dict[str, Any] = {}
 
     @model_validator(mode="after")
-    def _model_given(self) -> Teacher:
-        if self.kind == "local" and self.model is None:
-            raise ValueError("`model` is needed: the path or id of the teacher's checkpoint")
+    def _options_of_a_class(self) -> Teacher:
         if self.options and self.kind in ("local", "self"):
             raise ValueError(f"`options` are of a class of your own (kind: module:name), not of {self.kind}")
+        if self.model is not None and self.kind == "self":
+            raise ValueError("`model` is for other kinds: of kind self the student's own base teaches")
         return self
 
 
@@ -260,8 +260,7 @@ class RunConfig(Section):
             if any(stage.stages for stage in self.stages.values()):
                 raise ValueError("stages: a stage cannot have stages of its own")
             return self
-        if (self.student.model is None) == (self.student.build is None):
-            raise ValueError("student: give either `model` (a checkpoint) or `build` (a fresh model)")
+        self._models_given()
         if not self.loss.components:
             raise ValueError("loss.components is empty: give some, or a `method` (`opd-agents methods`)")
         if all(component.coef == 0 for component in self.loss.components.values()):
@@ -279,6 +278,19 @@ class RunConfig(Section):
             )
         self._sources_fit()
         return self
+
+    def _models_given(self) -> None:
+        student, teacher = self.student, self.teacher
+        if student.model is not None and student.build is not None:
+            raise ValueError("student: give either `model` (a checkpoint) or `build` (a fresh model)")
+        missing = [] if student.model or student.build else ["student.model"]
+        if teacher and teacher.kind == "local" and teacher.model is None:
+            missing.append("teacher.model")
+        if missing:
+            raise ValueError(
+                f"{' and '.join(missing)} missing: the folder, or the hub's id, of a checkpoint (a fresh "
+                "student is made with student.build)"
+            )
 
     def _sources_fit(self) -> None:
         kinds = {component.kind for component in self.loss.components.values()}

@@ -19,7 +19,7 @@ from opd_agents.evaluation.metrics import summarise
 from opd_agents.evaluation.suites import Suite, load_suite
 from opd_agents.policies.base import ExpertPolicy, Policy, RandomPolicy
 from opd_agents.rollout import Episode, Limits, rollout
-from opd_agents.runs import latest_checkpoint, write_whole
+from opd_agents.runs import latest_checkpoint, trajectory_row, write_whole
 from opd_agents.tasks import split_sizes
 from opd_agents.types import Actor, Task, Trajectory, to_json
 
@@ -37,17 +37,18 @@ class Contestant:
 
 
 def load_contestant(name: str, temperature: float) -> Contestant:
-    """``expert``, ``random``, a checkpoint directory, or a run folder (its newest checkpoint)."""
+    """``expert``, ``random``, a checkpoint directory, or a run folder (its newest checkpoint); a model acts
+    in the dtype of its weights."""
     if name in SCRIPTED:
         policy = SCRIPTED[name]()
         return Contestant(name, policy, policy, None)
     if not Path(name).exists():
         raise UnknownName("policy", name, SCRIPTED, "opd-agents evaluate --help")
-    from opd_agents.policies.models import fit_vocabulary, load_chat, load_model, load_tokenizer
+    from opd_agents.policies.models import fit_vocabulary, load_chat, load_model, load_tokenizer, saved_dtype
 
     path = str(latest_checkpoint(Path(name)))
     tokenizer = load_tokenizer(path)
-    model = load_model(path, "float32")
+    model = load_model(path, saved_dtype(Path(path)) or "float32")
     fit_vocabulary(model, tokenizer, path)
     return model_contestant(name, model, load_chat(path, tokenizer), temperature, Actor.STUDENT)
 
@@ -109,7 +110,7 @@ def evaluate(
             folder = Path(out)
             folder.mkdir(parents=True, exist_ok=True)
             stem = contestant.name.strip("/").replace("/", "-")
-            lines = (to_json({"trajectory": t, "credit": [], "repair": None}) for t in sampled)
+            lines = (to_json(trajectory_row(t)) for t in sampled)
             write_whole(folder / f"eval-{stem}.jsonl", "\n".join(lines) + "\n")
     result = {"suite": loaded.name, "split": split, "policies": rows}
     if out is not None:

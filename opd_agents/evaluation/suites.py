@@ -29,6 +29,7 @@ class SuiteEnvironment(Section):
 class SuiteLimits(Section):
     max_tokens_per_turn: int = Field(256, gt=0)
     max_context_tokens: int = Field(8192, gt=0)
+    max_observation_tokens: int = Field(2048, gt=0)
 
 
 class Suite(Section):
@@ -42,7 +43,7 @@ class Suite(Section):
     limits: SuiteLimits = SuiteLimits()
 
     def rollout_limits(self) -> Limits:
-        return Limits(self.limits.max_tokens_per_turn, self.limits.max_context_tokens)
+        return Limits(**self.limits.model_dump())
 
     def episodes(self, split: str, limit: int | None, seed: int) -> list[Episode]:
         """Task 0 of every environment, then task 1, ...; ``limit`` keeps the first so many of them.

@@ -7,6 +7,7 @@ alone (``adapter_config.json`` names the base), which plain transformers and pef
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,14 +70,17 @@ def adapter_base(path: str) -> str | None:
         return None
     try:
         return str(json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8"))["base_model_name_or_path"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{folder / ADAPTER_FILE} names no base_model_name_or_path.") from None
 
 
 def merged(base: PreTrainedModel, path: str) -> PreTrainedModel:
     """``base`` with the adapter of a folder added into its weights, W + alpha / rank * B A: a whole model
     again, to be trained as any other."""
-    return PeftModel.from_pretrained(base, path).merge_and_unload().requires_grad_(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an older name
+        warnings.filterwarnings("error", "Found missing adapter keys")  # they would stay as drawn at random
+        return PeftModel.from_pretrained(base, path).merge_and_unload().requires_grad_(True)
 
 
 @contextmanager

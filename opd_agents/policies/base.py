@@ -59,7 +59,9 @@ class Action:
 
 
 class Policy(Protocol):
-    def act(self, histories: Sequence[History]) -> list[Action]: ...
+    def act(self, histories: Sequence[History]) -> list[Action]:
+        """One action of each episode; there is at least one."""
+        ...
 
 
 class ExpertPolicy:

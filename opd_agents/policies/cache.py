@@ -1,17 +1,19 @@
-"""A key-value cache whose layers grow by doubling, so that a decoding step copies one token and not all."""
+"""A key-value cache whose layers have room to spare, so that a decoding step copies one token and not all."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+ROOM = 32  # tokens, at least
+
 
 class GrowingLayer(DynamicLayer):
-    """``keys`` and ``values`` [B, heads, L, D] are views of buffers with room to spare."""
+    """``keys`` and ``values`` [B, heads, L, D] are views of buffers that grow by a quarter: they take most of
+    a rollout's memory."""
 
     keys: Tensor
     values: Tensor
@@ -27,9 +29,8 @@ class GrowingLayer(DynamicLayer):
         for index, states in enumerate((key_states, value_states)):
             if self._buffers[index].shape[-2] < stop:
                 old = self._buffers[index]
-                self._buffers[index] = torch.empty(
-                    *states.shape[:2], 2 * stop, states.shape[-1], dtype=states.dtype, device=states.device
-                )
+                rows, heads, _, width = states.shape
+                self._buffers[index] = states.new_empty(rows, heads, stop + max(ROOM, stop // 4), width)
                 self._buffers[index][:, :, :length] = old[:, :, :length]
             self._buffers[index][:, :, length:stop] = states
         self.keys, self.values = (buffer[:, :, :stop] for buffer in self._buffers)

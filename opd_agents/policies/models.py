@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,33 +13,36 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
-from safetensors import SafetensorError
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from opd_agents.chat import Chat
-from opd_agents.errors import AlignmentError, CheckpointError
+from opd_agents.config import ChatSettings
+from opd_agents.errors import AlignmentError, CheckpointError, ConfigError
 from opd_agents.policies.adapters import ADAPTER_FILE, adapter_base, idle_weights, merged
 from opd_agents.policies.attention import layer_windows
 
 transformers_logging.disable_progress_bar()  # one bar a file would bury the run's own
 
 CHAT_FILE = "opd_agents_chat.json"  # the chat settings that a checkpoint was trained with
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # names of safetensors, names of torch
 
 
 def load_model(path: str, dtype: str) -> PreTrainedModel:
     """A causal language model in evaluation mode (no dropout), on the GPU of this process where there is one.
-    Raises CheckpointError, also for weights that the files lack: transformers would draw them at random."""
+    Raises CheckpointError, also for weights that the files lack (transformers would draw them at random) or
+    that are quantised, and for models that are not of text alone or not of attention alone."""
     _check_exists("model", path)
     if (base := adapter_base(path)) is not None:
         _check_base(base, path)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype), output_loading_info=True
+            path, dtype=getattr(torch, dtype), output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+    except Exception as error:  # whatever a broken file makes transformers, peft and safetensors raise
         raise _unloadable("model", path, error) from None
     model, found = loaded
     if lacking := sorted(found["missing_keys"]):
@@ -46,8 +50,31 @@ def load_model(path: str, dtype: str) -> PreTrainedModel:
             f"The checkpoint {path!r} lacks {len(lacking)} weights of a {type(model).__name__}, among them "
             f"{lacking[0]}. Save or download it anew, or correct the model type in its config.json."
         )
+    if others := sorted(found["mismatched_keys"]):
+        name, saved, wanted = others[0]
+        raise CheckpointError(
+            f"The checkpoint {path!r} has {len(others)} weights of other shapes than its config.json, or its "
+            f"adapter's base, gives a {type(model).__name__}: {name} {tuple(saved)}, not {tuple(wanted)}."
+        )
+    _check_kind(model, path, dtype)
     prepared: PreTrainedModel = model.eval().to(local_device())
     return prepared
+
+
+def _check_kind(model: PreTrainedModel, path: str, dtype: str) -> None:
+    what = f"{path}: {type(model).__name__}"
+    if model.config.get_text_config() is not model.config:
+        raise CheckpointError(
+            f"{what} reads more than text. Save its language model alone, as a causal language model with a "
+            "config of its own, and take that."
+        )
+    layer_windows(model)  # for its errors
+    kinds = {parameter.dtype for parameter in model.parameters()}  # some models keep some of them in float32
+    if other := kinds - {torch.float32, getattr(torch, dtype)}:
+        raise CheckpointError(
+            f"{what} has quantised weights ({', '.join(sorted(map(str, other)))}), which cannot be trained. "
+            "Take the checkpoint that was not quantised."
+        )
 
 
 def load_merged(path: str, dtype: str) -> PreTrainedModel:
@@ -56,7 +83,23 @@ def load_merged(path: str, dtype: str) -> PreTrainedModel:
     if base is None:
         return load_model(path, dtype)
     _check_base(base, path)
-    return merged(load_model(base, dtype), path)
+    model = load_model(base, dtype)
+    try:
+        return merged(model, path)
+    except Exception as error:  # of peft and safetensors
+        raise _unloadable("model", path, error) from None
+
+
+def saved_dtype(folder: Path) -> str | None:
+    """Of the weights of a checkpoint, or of an adapter, which has the dtype that its base was used in; None
+    without safetensors. Raises CheckpointError for a broken file, and for other dtypes than ``DTYPES``."""
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                return DTYPES[weights.get_slice(next(iter(weights.keys()))).get_dtype()]
+        except Exception as error:
+            raise _unloadable("model", str(folder), error) from None
+    return None
 
 
 def _check_base(base: str, path: str) -> None:
@@ -79,9 +122,12 @@ def local_device() -> torch.device:
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     _check_exists("tokenizer", path)
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # whatever a broken file makes transformers and tokenizers raise
         raise _unloadable("tokenizer", path, error) from None
+    if not tokenizer.encode("a", add_special_tokens=False):  # transformers makes up one that is empty
+        raise CheckpointError(f"{path} holds no tokenizer: its vocabulary (tokenizer.json) is missing.")
+    return tokenizer
 
 
 def build_model(
@@ -91,29 +137,48 @@ def build_model(
     seed: int,
     dtype: str = "float32",
 ) -> PreTrainedModel:
-    """A randomly initialised model with the tokenizer's vocabulary."""
-    config = AutoConfig.for_model(
-        model_type,
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        **fields,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    """A randomly initialised model with the tokenizer's vocabulary. Raises ConfigError."""
+    try:
+        config = AutoConfig.for_model(
+            model_type,
+            vocab_size=len(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            **fields,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    except Exception as error:  # of transformers: whatever a wrong field makes it raise
+        raise ConfigError(f"student.build: no model of type {model_type!r} of it: {_short(error)}") from None
     return model.eval().to(local_device())
 
 
 def load_chat(
     path: str, tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any] | None = None
 ) -> Chat:
-    """The chat of a checkpoint: ``settings`` (template, kwargs, system) or those it was saved with."""
+    """The chat of a checkpoint: ``settings`` (template, kwargs, system) or those it was saved with. An action
+    ends also where the checkpoint's generation_config.json says. Raises UserError."""
     saved = Path(path) / CHAT_FILE
-    if settings is None:
-        settings = json.loads(saved.read_text(encoding="utf-8")) if saved.is_file() else {}
-    return Chat(tokenizer, **settings)
+    if settings is None and saved.is_file():
+        try:
+            settings = ChatSettings.model_validate_json(saved.read_bytes()).model_dump()
+        except ValueError:
+            raise CheckpointError(
+                f"{saved} holds no settings of a chat. Put it back as it was saved, or remove it and give "
+                "them in the section `chat` of the config."
+            ) from None
+    return Chat(tokenizer, **(settings or {}), ends=_generation_ends(path))
+
+
+def _generation_ends(path: str) -> list[int | None]:
+    """Llama 3 and Qwen name several ids that end a turn, and the tokenizer only one of them."""
+    try:
+        found = GenerationConfig.from_pretrained(adapter_base(path) or path).eos_token_id
+    except OSError:  # it has none
+        return []
+    return found if isinstance(found, list) else [found]
 
 
 def save_checkpoint(
@@ -182,7 +247,7 @@ def check_projection(model: PreTrainedModel, dtype: str) -> None:
     ids = torch.arange(min(16, len(_embeddings(model))), device=model.device)[None]
     with torch.no_grad():
         ours = head(model)(hidden_states(model, ids)).float()
-        gap = float((ours - model(input_ids=ids).logits.float()).abs().max())
+        gap = float((ours - model(input_ids=ids, use_cache=False).logits.float()).abs().max())
     if not gap <= (1e-4 if dtype == "float32" else 0.1):
         raise AlignmentError(
             f"{type(model).__name__}: the head on the last hidden states differs by {gap:.3g} from the "
@@ -249,6 +314,10 @@ def _check_exists(what: str, path: str) -> None:
 
 
 def _unloadable(what: str, path: str, error: Exception) -> CheckpointError:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
     where = repr(path) if Path(path).exists() else f"{path!r}, which is no folder here, from the hub"
-    return CheckpointError(f"Cannot load a {what} from {where}: {lines[0]}")
+    return CheckpointError(f"Cannot load a {what} from {where}: {_short(error)}")
+
+
+def _short(error: Exception) -> str:
+    """Its message, or what kind it is, on one line."""
+    return textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")

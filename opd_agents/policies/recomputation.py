@@ -6,10 +6,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opd_agents.errors import ConfigError
+from opd_agents.policies.models import hidden_states
 
 
 def prepare_recomputation(model: PreTrainedModel) -> None:
@@ -24,6 +26,17 @@ def prepare_recomputation(model: PreTrainedModel) -> None:
         warnings.simplefilter("ignore", FutureWarning)  # newer transformers call it activation checkpointing
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.disable_input_require_grads()  # only reentrant checkpoints need that
+    ids = torch.arange(16)[None]
+    with torch.no_grad():
+        plain = hidden_states(model, ids)
+        with recomputed(model):
+            again = hidden_states(model, ids)
+    if not torch.allclose(plain, again, rtol=0.05, atol=0.05):  # not a matter of rounding
+        raise ConfigError(
+            f"trainer.gradient_checkpointing: the layers of {type(model).__name__} drop out activations "
+            "while they are recomputed, so another policy would be trained than the one that acts. Set the "
+            "dropout in the checkpoint's config.json to 0, or this to false."
+        )
 
 
 @contextmanager

@@ -7,7 +7,7 @@ episode's tokens do not depend on which other episodes share the batch beyond fl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,7 +42,8 @@ class TransformersSampler:
     """Samples at ``temperature`` (0: greedy). Log-probs are of the sampling distribution, in nats.
 
     Top-p, top-k and penalties do not exist here: what is sampled is what is scored. ``thinking`` closes
-    thoughts that use up their budget; the ids that it puts there are ``forced``.
+    thoughts that use up their budget; the ids that it puts there are ``forced``. Asked to act for nobody, it
+    gives the cache's memory back.
     """
 
     def __init__(
@@ -65,14 +66,20 @@ class TransformersSampler:
         self._cached: _Cached | None = None
 
     def reset(self, policy_version: int) -> None:
-        """Forget the cache: the weights have changed."""
-        self.policy_version, self._cached = policy_version, None
+        """The weights have changed."""
+        self.policy_version = policy_version
+        self.release()
+
+    def release(self) -> None:
+        """Free the keys and values that are kept: their episodes have ended."""
+        self._cached = None
 
     @torch.inference_mode()
     def act(self, histories: Sequence[History]) -> list[Action]:
         if not histories:
             return []
-        cached = self._select(histories)
+        old, self._cached = self._cached, None  # an error leaves none behind that was extended by half
+        cached = self._select(old, histories)
         new: Sequence[tuple[int, ...]] = [
             history.ids[len(ids) :] for history, ids in zip(histories, cached.ids, strict=True)
         ]
@@ -90,11 +97,10 @@ class TransformersSampler:
         self._count(fed_tokens + sum(map(len, new)), actions, histories)
         return actions
 
-    def _select(self, histories: Sequence[History]) -> _Cached:
+    def _select(self, old: _Cached | None, histories: Sequence[History]) -> _Cached:
         """The cache rows of these episodes in their order; an episode without a row, or whose row is no
         proper prefix of its history, starts from an empty one. Where episodes have left, or holes have grown
-        to too many, the rows are copied, compacted to the front."""
-        old = self._cached
+        to too many, the rows are copied, compacted to the front; ``old`` has then lost its layers."""
         if old is None:
             empty = torch.zeros(len(histories), 0, dtype=torch.int64, device=self.model.device)
             return _Cached(tuple(h.uid for h in histories), ((),) * len(histories), empty, growing_cache())
@@ -112,14 +118,8 @@ class TransformersSampler:
         lost = ~torch.tensor(usable, device=self.model.device)[:, None]
         slots = old.slots[index].masked_fill(lost, -1)
         order = torch.argsort((slots < 0).byte(), dim=1, stable=True)[:, :tokens]
-        store = growing_cache()
-        for layer, kept in enumerate(old.store.layers):
-            assert isinstance(kept, GrowingLayer)  # growing_cache() makes no other
-            keys, values = (
-                states[index].take_along_dim(order[:, None, :, None], 2)
-                for states in (kept.keys, kept.values)
-            )
-            store.update(keys, values, layer)
+        place = order[:, None, :, None]
+        store = _copied(old.store, lambda states: states[index].take_along_dim(place, 2))
         return _Cached(tuple(h.uid for h in histories), ids, slots.gather(1, order), store)
 
     def _feed_shared(
@@ -129,16 +129,11 @@ class TransformersSampler:
 
         Returns the cache with it in every row, what is left to feed, and how many tokens were fed.
         """
-        shared = common_length(new)
-        if cached.slots.shape[1] or len(new) == 1 or shared < SHARED_TOKENS:
+        if cached.slots.shape[1] or len(new) == 1 or (shared := common_length(new)) < SHARED_TOKENS:
             return cached, new, 0
         one = _Cached(cached.uids[:1], ((),), cached.slots[:1], growing_cache())
         slots = self._feed(one, [new[0][:shared]])[1].expand(len(new), -1)
-        store = growing_cache()
-        for layer, kept in enumerate(one.store.layers):
-            assert isinstance(kept, GrowingLayer)  # growing_cache() makes no other
-            keys, values = (states.expand(len(new), -1, -1, -1) for states in (kept.keys, kept.values))
-            store.update(keys, values, layer)
+        store = _copied(one.store, lambda states: states.expand(len(new), -1, -1, -1))
         return _Cached(cached.uids, cached.ids, slots, store), [row[shared:] for row in new], shared
 
     def _feed(self, cached: _Cached, new: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
@@ -236,10 +231,21 @@ class TransformersSampler:
         self.flops += forward_flops(self.model, fed, context)
 
 
+def _copied(store: Cache, change: Callable[[Tensor], Tensor]) -> Cache:
+    """A cache of changed keys and values [B, heads, L, D]; ``store`` gives its layers up one by one."""
+    result = growing_cache()
+    for number in range(len(store.layers)):
+        layer, store.layers[number] = store.layers[number], GrowingLayer()
+        assert isinstance(layer, GrowingLayer)  # growing_cache() makes no other
+        result.update(change(layer.keys), change(layer.values), number)
+    return result
+
+
 def common_length(rows: Sequence[Sequence[int]]) -> int:
     """How many tokens all rows begin with, at least one of each left over."""
+    first, last = min(rows, key=tuple), max(rows, key=tuple)  # all others begin as these two do
     shortest = min(map(len, rows)) - 1
-    return next((i for i in range(shortest) if len({row[i] for row in rows}) > 1), shortest)
+    return next((i for i in range(shortest) if first[i] != last[i]), shortest)
 
 
 def _written(

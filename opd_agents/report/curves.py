@@ -21,6 +21,7 @@ Points = tuple[np.ndarray, np.ndarray]  # float64 [n] each: x ascending, y
 def stage_charts(stages: Sequence[Run], prefix: str) -> list[Chart]:
     """The charts of one stage, run at one or several seeds; a chart without any measurement is left out."""
     losses = _names(stages, "loss/")
+    shares = losses or _names(stages, "grad_share/")
     spans = [("think", "c2"), ("call", "c3"), ("text", "c5")] if "think" in _spans(stages) else []
     charts = [
         Chart("Success of rollouts and in validation", _success(stages), rates=True),
@@ -41,13 +42,10 @@ def stage_charts(stages: Sequence[Run], prefix: str) -> list[Chart]:
             or _lines(stages, [("loss", "loss", "c1")]),
         ),
         Chart(
-            "Share of the gradient norm",
+            "Share of the gradient norm",  # of one component alone it is all
             _lines(
                 stages,
-                [
-                    (f"grad_share/{name}", name, colour)
-                    for name, colour in _coloured(losses or _names(stages, "grad_share/"))
-                ],
+                [(f"grad_share/{name}", name, colour) for name, colour in _coloured(shares) if shares[1:]],
             ),
             rates=True,
             threshold=0.05,

@@ -10,7 +10,7 @@ from opd_agents.report.formatting import percent
 from opd_agents.report.groups import Group
 from opd_agents.report.reading import Run, number
 
-SMALLEST_SHARE = 0.05  # of the gradient norm; below it, in the median step, a component counts as inert
+SMALLEST_SHARE = 0.05  # of the gradient norm; below it, on average, a component counts as inert
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +69,10 @@ def _share(label: str, stages: Sequence[Run], name: str) -> Iterator[Part]:
         return
     pooled = [share for shares in by_seed for share in shares]
     steps = sum(len(stage.metrics) for stage in stages)
-    inert = [statistics.median(shares) < SMALLEST_SHARE for shares in by_seed]
+    inert = [statistics.fmean(shares) < SMALLEST_SHARE for shares in by_seed]
     low = sum(share < SMALLEST_SHARE for share in pooled)
     figures = (
-        f"median {percent(statistics.median(pooled))} of the gradient norm, minimum {percent(min(pooled))}, "
+        f"mean {percent(statistics.fmean(pooled))} of the gradient norm, minimum {percent(min(pooled))}, "
         f"below {percent(SMALLEST_SHARE)} in {low} of {len(pooled)} measured steps ({steps} steps in all)"
     )
     yield Part(label, f"Component {name}", any(inert), figures + _seeds(inert))

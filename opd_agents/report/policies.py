@@ -13,6 +13,7 @@ from opd_agents.report.reading import Run, number
 FIRST = ("expert", "teacher", "student_before", "student_after")  # then whatever else the summary holds
 ARMS = ("c5", "c6", "c7", "c8")
 REFERENCES = {"expert", "teacher"}  # shown, never marked as best: the students are compared
+COSTS = ("generated_tokens", "teacher_tokens", "flops", "seconds")
 COLUMNS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
     ("turns", "Turns", formatting.decimal),
     ("invalid_calls", "Invalid calls", formatting.decimal),
@@ -110,7 +111,7 @@ def headline(group: Group) -> Headline | None:
                     (first.greedy, last.greedy) if first.greedy and last.greedy else None,
                     formatting.points(last.sampled.value - first.sampled.value),
                     last.episodes,
-                    "" if before == "student_before" else "in validation",
+                    "" if before == "student_before" else f"“{first.label}” to “{last.label}”",
                 )
     return None
 
@@ -126,14 +127,17 @@ def policy_figures(group: Group) -> dict[str, list[Mapping[str, Any]]]:
 
 
 def _of_run(run: Run) -> dict[str, Mapping[str, Any]]:
-    """The summary's policies; for a run without them the first and last evaluation of each stage."""
+    """The summary's policies; for a run without them the first and last evaluation of each stage, the first
+    being the one before its training if there was one."""
     if run.summary.get("policies"):
         return dict(run.summary["policies"])
     found: dict[str, Mapping[str, Any]] = {}
     for label, stage in run.training():
         evaluated = [row for row in stage.metrics if number(row.get("eval/success")) is not None]
         name = f"{label} " if label else ""
-        if len(evaluated) > 1:
+        if at_start := stage.summary.get("evaluation_at_start"):
+            found[f"{name}student, step 0"] = dict.fromkeys(COSTS, 0) | at_start
+        elif len(evaluated) > 1:
             found[f"{name}student, step {evaluated[0].get('step', 0)}"] = _from_metrics(evaluated[0])
         summary = stage.summary.get("evaluation") or {}
         if evaluated or summary:
@@ -148,10 +152,7 @@ def _from_metrics(row: Mapping[str, Any]) -> dict[str, Any]:
         "success": row.get("eval/success"),
         "interval": [row.get("eval/success_low"), row.get("eval/success_high")],
         "success_greedy": row.get("eval/success_greedy"),
-        "generated_tokens": row.get("total/generated_tokens"),
-        "teacher_tokens": row.get("total/teacher_tokens"),
-        "flops": row.get("total/flops"),
-        "seconds": row.get("total/seconds"),
+        **{cost: row.get(f"total/{cost}") for cost in COSTS},
     }
 
 

@@ -139,6 +139,7 @@ def _strays(text: str, markers: Sequence[str]) -> list[str]:
 
 
 def skip_space(text: str, start: int) -> int:
+    """Where what follows the space at ``start`` begins."""
     match = _SPACE.match(text, start)
     return match.end() if match else start
 

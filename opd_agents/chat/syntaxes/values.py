@@ -8,10 +8,12 @@ holds the markup is written here as a JSON string.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from opd_agents.envs.strict_json import loads
+from opd_agents.chat.syntaxes.base import skip_space
+from opd_agents.envs.strict_json import check_value, loads
 from opd_agents.types import ToolSpec
 
 # Python's spelling, which some templates write; read only where the schema has no place for a text.
@@ -37,6 +39,34 @@ def read_value_text(text: str, types: Collection[str], markup: Sequence[str]) ->
         value = _json_or_text(text) if text[:1] == '"' else text
         return value if isinstance(value, str) and _doubtful(value, markup) else text
     return _json_or_text(text)
+
+
+def read_arguments(
+    text: str,
+    start: int,
+    types: Mapping[str, Collection[str]],
+    opening: re.Pattern[str],
+    closing: str,
+    markup: Sequence[str],
+    space: str = "",
+) -> tuple[dict[str, Any], int]:
+    """Arguments that stand one after the other from ``start`` on, and where what follows them begins.
+
+    ``opening`` matches all before a value; its one group is the argument's name, and the group's name what
+    such an argument is called. ``space`` may stand on both sides of a value. Raises ValueError.
+    """
+    arguments: dict[str, Any] = {}
+    while found := opening.match(text, start):
+        name, stop = found[1], text.find(closing, found.end())
+        if stop < 0:
+            raise ValueError(f"no {closing} after the {found.lastgroup} {name!r}")
+        if name in arguments:
+            raise ValueError(f"duplicate {found.lastgroup} {name!r}")
+        value = text[found.end() : stop].removeprefix(space).removesuffix(space)
+        arguments[name] = read_value_text(value, types.get(name, ()), markup)
+        start = skip_space(text, stop + len(closing))
+    check_value(arguments)
+    return arguments, start
 
 
 def parameter_types(tools: Sequence[ToolSpec], name: str) -> dict[str, frozenset[str]]:

@@ -1,0 +1,48 @@
+"""What the benchmarks print: medians with their range, as Markdown, and the files that hold them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import rich.box
+from rich.console import Console
+from rich.table import Table
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": median(values), "min": min(values), "max": max(values)}
+
+
+def as_text(values: Mapping[str, float], digits: int = 2) -> str:
+    """A spread for a person."""
+    middle, low, high = (f"{values[key]:.{digits}f}" for key in ("median", "min", "max"))
+    return f"{middle} ({low} to {high})"
+
+
+def markdown(about: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> str:
+    """The table of ``rows``, all with the same columns, and below which figures it is: the plain values among
+    ``facts``. The column of names alone stands to the left."""
+    view = Table(box=rich.box.MARKDOWN)
+    for column in rows[0]:
+        view.add_column(column, justify="left" if column in ("arm", "part") else "right", no_wrap=True)
+    for row in rows:
+        view.add_row(*row.values())
+    known = {key: value for key, value in facts.items() if isinstance(value, int | float | str)}
+    told = ", ".join(f"{key} {value}" for key, value in known.items())
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(f"{about} One run: {told}.", view)
+    return "\n".join(line.strip() for line in captured.get().strip().splitlines()) + "\n"
+
+
+def write(out: Path, name: str, result: Mapping[str, Any], page: str, as_json: bool) -> None:
+    """Figures and table into the folder ``out``; one of them is printed."""
+    data = json.dumps(result, indent=1) + "\n"
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(data, encoding="utf-8")
+    (out / f"{name}.md").write_text(page, encoding="utf-8")
+    print(data if as_json else page, end="")

@@ -1,0 +1,85 @@
+"""What the commands show: lists, results and episodes; standard error is for what goes wrong."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from opd_agents.traces import Traces
+    from opd_agents.types import Trajectory
+
+out = Console()
+err = Console(stderr=True)
+
+
+def print_result(data: Any, table: Table, as_json: bool) -> None:
+    """The table, or the one JSON document that ``--json`` asks for."""
+    if as_json:
+        print(json.dumps(data, indent=2, allow_nan=False))
+    else:
+        out.print(table)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return "" if value is None else str(value)
+
+
+def listing(rows: Sequence[dict[str, Any]], *columns: str) -> Table:
+    """A line for each row."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=number == 0)
+    for row in rows:
+        table.add_row(*(escape(_text(row[column])) for column in columns))
+    return table
+
+
+def details(row: dict[str, Any]) -> Table:
+    """A line for each field of one row."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for key, value in row.items():
+        table.add_row(key, escape(_text(value)))
+    return table
+
+
+def show_outcome(trajectory: Trajectory) -> None:
+    """An episode in one line, and what made it fail."""
+    facts = f"reward {trajectory.reward:g}, {len(trajectory.turns)} turns"
+    out.print(f"[bold]task {trajectory.task.id}: {trajectory.outcome}[/], {facts}", highlight=False)
+    if trajectory.error:
+        out.print(escape(trajectory.error), style="red", soft_wrap=True)
+
+
+def show_episode(trajectory: Trajectory) -> None:
+    """An episode turn by turn."""
+    show = functools.partial(out.print, markup=False, highlight=False, soft_wrap=True)
+    for message in trajectory.messages:
+        show(f"{message.role}: {message.content}", style="dim" if message.role == "system" else "bold")
+    for number, turn in enumerate(trajectory.turns, 1):
+        show(f"{number} {turn.actor}: {turn.text or turn.action}", style="cyan")
+        for problem in filter(None, (turn.parse_error, turn.tool_error)):
+            show(f"  refused: {problem}", style="yellow")
+        show(f"  {turn.observation}")
+    show_outcome(trajectory)
+
+
+def print_written(written: Traces, file: Path) -> None:
+    """What a conversion gave; the rows left out are told on standard error."""
+    for reason in written.skipped:
+        err.print(f"skipped: {escape(reason)}", soft_wrap=True, highlight=False)
+    counts = f"{written.conversations} conversations, {written.turns} turns, {written.tokens} action tokens"
+    out.print(f"{file}: {counts}; {len(written.skipped)} skipped.", soft_wrap=True, highlight=False)
