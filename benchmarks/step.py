@@ -44,7 +44,7 @@ LEARNING_RATE = 1e-6
 class StatelessQueue(Queue):
     """TRL's distillation knows functions as tools, but no environments: every answer is the same."""
 
-    def __init__(self, turns: int) -> None:
+    def __init__(self, turns: int = 4) -> None:
         super().__init__(recited(FILLER), turns)
 
     def _next_order(self, note: str) -> str:
