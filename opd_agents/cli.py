@@ -30,6 +30,7 @@ from opd_agents.terminal import (
     print_written,
     show_episode,
     show_outcome,
+    show_run,
 )
 
 
@@ -148,7 +149,7 @@ def train(
     if not world.is_main:
         return
     for run in runs:
-        out.print(f"Run: {run}", soft_wrap=True)
+        show_run(run)
     out.print(f"Report: {write_report(runs, loaded.folder / 'report.html')}", soft_wrap=True)
 
 

@@ -14,7 +14,7 @@ from opd_agents.evaluation.metrics import invalid_calls
 from opd_agents.experience import Experience
 from opd_agents.runs import trajectory_row
 from opd_agents.session import Session
-from opd_agents.types import Actor, Credit, Outcome, SpanKind, Trajectory
+from opd_agents.types import Actor, Credit, Outcome, SpanKind, StopReason, Trajectory
 
 
 def step_metrics(
@@ -100,11 +100,18 @@ def _episode_means(rolled: Sequence[Trajectory]) -> dict[str, float]:
         "rollout/invalid_calls": sum(map(invalid_calls, rolled)) / n,
         "rollout/errors": sum(t.outcome is Outcome.ERROR for t in rolled),
         "rollout/unfinished": sum(t.outcome is Outcome.UNFINISHED for t in rolled) / n,
+        "rollout/cut_actions": _stopped_by(rolled, StopReason.LENGTH),
         "rollout/context_overflow": sum(t.exhausted == "context" for t in rolled) / n,
         # what rendering the history anew costs: rows, and the context that is read anew with each of them
         "rollout/segments": sum(len(list(t.segments())) for t in rolled) / n,
         "rollout/context_tokens": sum(len(turn.context_ids) for t in rolled for turn in t.turns) / n,
     }
+
+
+def _stopped_by(rolled: Sequence[Trajectory], reason: StopReason) -> float:
+    """The share of all actions that stopped for this reason."""
+    reasons = [turn.stop_reason for t in rolled for turn in t.turns]
+    return reasons.count(reason) / max(1, len(reasons))
 
 
 def _recorded(session: Session, experience: Experience) -> dict[str, float]:

@@ -56,6 +56,19 @@ def details(row: dict[str, Any]) -> Table:
     return table
 
 
+def show_run(run: Path) -> None:
+    """A finished run, and what its stages reached on the validation tasks."""
+    out.print(f"Run: {run}", soft_wrap=True)
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    for stage in summary.get("stages", {"": summary}).values():
+        if result := stage["evaluation"]:
+            low, high = (round(100 * bound) for bound in result["interval"])
+            sampled, greedy = (f"{100 * result[key]:.1f} %" for key in ("success", "success_greedy"))
+            place = f"{stage['name']}, validation after step {stage['steps']}"
+            shown = f"{place}: success {sampled} ({low}-{high}) sampled, {greedy} greedy"
+            out.print(shown, soft_wrap=True, highlight=False)
+
+
 def show_outcome(trajectory: Trajectory) -> None:
     """An episode in one line, and what made it fail."""
     facts = f"reward {trajectory.reward:g}, {len(trajectory.turns)} turns"

@@ -165,3 +165,17 @@ def test_evaluate_prints_one_json_document(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "seeds"), [("0-4", [0, 1, 2, 3, 4]), ("3", [3]), ("0,7,2-3", [0, 7, 2, 3])])
 def test_seeds(text: str, seeds: list[int]) -> None:
     assert cli._seeds(text) == seeds
+
+
+def test_train_ends_with_what_was_reached(tmp_path: Path) -> None:
+    import tiny
+    import yaml
+
+    config = tiny.sft(tmp_path / "run", evaluation={"suite": tiny.SUITE, "limit": 4, "at_start": False})
+    config["trainer"] |= {"steps": 2}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    done = CliRunner().invoke(cli.app, ["train", str(tmp_path / "tiny.yaml")])
+    assert done.exit_code == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "summary.json").read_text())["evaluation"]
+    said = f"tiny, validation after step 2: success {100 * result['success']:.1f} %"
+    assert said in done.stdout and f"{100 * result['success_greedy']:.1f} % greedy" in done.stdout

@@ -233,6 +233,13 @@ def test_a_branch_goes_on_in_the_history_that_it_inherits(settings, history):
         ]
 
 
+def turns_of(run):
+    """All turns of a run's episodes, repairs left out."""
+    files = (run / "trajectories").iterdir()
+    found = [json.loads(line)["trajectory"] for file in files for line in file.read_text().splitlines()]
+    return [turn for trajectory in found if trajectory["branch"] is None for turn in trajectory["turns"]]
+
+
 def test_training_on_rendered_histories(tiny_teacher, tmp_path):
     """A random student's tokens are hardly ever the canonical ones of its text."""
     settings = tiny.BRIEF | {"history": "template"}
@@ -243,12 +250,11 @@ def test_training_on_rendered_histories(tiny_teacher, tmp_path):
     assert all(row["loss/distill"] is not None for row in rows)
     (checkpoint,) = (run / "checkpoints").glob("step-*2")
     assert load_chat(str(checkpoint), load_tokenizer(str(checkpoint))).history == "template"
-    lines = [
-        json.loads(line) for p in (run / "trajectories").iterdir() for line in p.read_text().splitlines()
-    ]
-    turns = [turn for line in lines for turn in line["trajectory"]["turns"]]
-    assert any(turn["starts_segment"] for turn in turns[1:])
-    plain = tiny.metrics(train(tiny.mix(tmp_path / "plain", tiny_teacher, "trainer.steps=1")))
+    assert any(turn["starts_segment"] for turn in turns_of(run)[1:])
+    plain_run = train(tiny.mix(tmp_path / "plain", tiny_teacher, "trainer.steps=1"))
+    plain, turns = tiny.metrics(plain_run), turns_of(plain_run)
+    cut = sum(turn["stop_reason"] == "length" for turn in turns) / len(turns)
+    assert plain[0]["rollout/cut_actions"] == pytest.approx(cut) and cut > 0
     assert plain[0]["rollout/segments"] == 1
     assert rows[0]["rollout/context_tokens"] > plain[0]["rollout/context_tokens"] > 0
 
