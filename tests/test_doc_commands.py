@@ -160,18 +160,18 @@ def test_settings_are_of_a_run_or_of_a_suite(document: Path, body: str) -> None:
     settings = yaml.safe_load(body)
     of_a_run = {"student", "method", "trainer", "rollout", "chat", "loss"}
     if "limits" in settings or not settings.keys() & of_a_run:
-        Suite.model_validate({"name": "x"} | settings)
+        assert Suite.model_validate({"name": "x"} | settings).environments
         return
     try:
-        load_config(settings)
+        config = load_config(settings)
     except ConfigError:
-        load_config(merge(BASE, settings))
+        config = load_config(merge(BASE, settings))
+    assert config.model_fields_set >= settings.keys() - {"stages"}  # no key was passed over
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.stem)
 def test_python_compiles(document: Path) -> None:
-    for body in blocks(document, "python"):
-        compile(body, str(document), "exec")
+    assert all(compile(body, str(document), "exec").co_code for body in blocks(document, "python"))
 
 
 def test_the_tiny_models_of_the_examples_are_two_that_a_run_takes(tmp_path: Path) -> None:
