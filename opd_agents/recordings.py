@@ -27,7 +27,6 @@ from opd_agents.types import (
     Outcome,
     StopReason,
     Task,
-    ToolCall,
     ToolSpec,
     Trajectory,
     Turn,
@@ -84,12 +83,12 @@ def _turns(conversation: Conversation, chat: Chat) -> Iterator[Turn]:
                 f"what chat.syntax {chat.syntax.name} writes for {format_calls(message.tool_calls)[:200]} is"
                 f" not read back as calls ({parsed.error}); change the call, or give another chat.syntax."
             )
-        last = following == len(messages)
+        last, answers = following == len(messages), messages[place + 1 : following]
         yield Turn(
             context_ids=context_ids, action_ids=action_ids, logprobs=None, actor=Actor.CORPUS,
             policy_version=0, text=parsed.text,
             action=format_calls(message.tool_calls) if message.tool_calls else message.content,
-            observation="\n".join(m.content for m in messages[place + 1 : following]),
+            observation="\n".join(answer.content for answer in answers), messages=tuple(answers),
             reward=conversation.reward if last else 0.0, terminated=last, truncated=False,
             stop_reason=StopReason.NOT_SAMPLED, state_digest="", calls=message.tool_calls,
             spans=parsed.spans, starts_segment=starts, weight=float(conversation.trained[place]),
@@ -102,8 +101,7 @@ def to_conversation(trajectory: Trajectory, chat: Chat | None, tools: Sequence[T
     ``tools`` are those of its environment.
 
     Raises DataError for an episode without an action, for token ids without a chat, and for a turn whose
-    calls the template does not write or whose answers cannot be told apart: the observation of several calls
-    is one text, a line for each.
+    calls the template does not write or that did not all get an answer.
     """
     opening = trajectory.messages
     system = opening[0].content if opening and opening[0].role == "system" else ""
@@ -112,7 +110,9 @@ def to_conversation(trajectory: Trajectory, chat: Chat | None, tools: Sequence[T
     for number, turn in enumerate(trajectory.turns):
         where = f"{trajectory.uid}, turn {number}"
         said = _said(turn, chat, tools, where)
-        answers = _answers(turn, said.tool_calls, where)
+        answers = turn.messages
+        if said.tool_calls and len(answers) != len(said.tool_calls):  # the episode ended between two
+            raise DataError(f"{where}: {len(said.tool_calls)} calls have {len(answers)} answers.")
         messages += [said, *answers]
         trained += [turn.weight > 0, *(False for _ in answers)]
     if not any(trained):
@@ -137,15 +137,6 @@ def _said(turn: Turn, chat: Chat | None, tools: Sequence[ToolSpec], where: str) 
     if len(said.tool_calls) != len(turn.calls):
         raise DataError(f"{where}: its calls cannot be written as messages by this model's chat template.")
     return said
-
-
-def _answers(turn: Turn, calls: Sequence[ToolCall], where: str) -> list[Message]:
-    if not calls:
-        return [Message("user", turn.observation)]
-    answers = [turn.observation] if len(calls) == 1 else turn.observation.split("\n")
-    if len(answers) != len(calls):
-        raise DataError(f"{where}: the answers to its {len(calls)} calls cannot be told apart.")
-    return [Message("tool", answer) for answer in answers]
 
 
 def encode_row(

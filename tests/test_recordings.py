@@ -30,7 +30,7 @@ from opd_agents.report import write_report
 from opd_agents.rows import Rows, read_rows, read_splits
 from opd_agents.traces import export_messages
 from opd_agents.trainer import train
-from opd_agents.types import Actor, Outcome, SpanKind, ToolCall, Trajectory, from_dict, to_dict
+from opd_agents.types import Actor, Message, Outcome, SpanKind, ToolCall, Trajectory, from_dict, to_dict
 
 LOOKUP = {
     "type": "function",
@@ -512,16 +512,17 @@ def test_an_experts_episodes_become_messages_to_train_on(tmp_path: Path) -> None
     assert tiny.metrics(run)[0]["recorded/conversations"] == 4
 
 
-def test_answers_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
+def test_every_call_keeps_its_own_answer_and_one_without_is_refused() -> None:
     from rolling import trajectory, turn
 
     calls = (ToolCall("a", {}), ToolCall("b", {}))
-    told = turn((), (), calls=calls, observation="1\n2", logprobs=None)
+    answers = (Message("tool", "1\n1"), Message("tool", "2"))
+    told = turn((), (), calls=calls, observation="1\n1\n2", messages=answers, logprobs=None)
     conversation = to_conversation(trajectory([told]), None, ())
-    assert [message.content for message in conversation.messages[1:]] == ["1", "2"]
-    mixed = dataclasses.replace(told, observation="1\n2\n3")
-    with pytest.raises(DataError, match="answers to its 2 calls cannot be told apart"):
-        to_conversation(trajectory([mixed]), None, ())
+    assert [message.content for message in conversation.messages[1:]] == ["1\n1", "2"]
+    ended = dataclasses.replace(told, messages=answers[:1])
+    with pytest.raises(DataError, match="2 calls have 1 answers"):
+        to_conversation(trajectory([ended]), None, ())
     with pytest.raises(DataError, match="name the model"):
         to_conversation(trajectory([turn((1,), (2,))]), None, ())
     with pytest.raises(DataError, match="no action"):
