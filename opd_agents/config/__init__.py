@@ -1,5 +1,6 @@
 """The typed configuration of a run: YAML in, frozen pydantic models out, unknown keys refused."""
 
+from opd_agents.config.base import Adaptive, Schedule, Scheduled, Section, SignedScheduled
 from opd_agents.config.loading import (
     EXPERIMENTS,
     absolute_inputs,
@@ -8,38 +9,63 @@ from opd_agents.config.loading import (
     parse_overrides,
     read_yaml,
 )
+from opd_agents.config.loss import (
+    Component,
+    CrossEntropy,
+    Distill,
+    Entropy,
+    Loss,
+    Policy,
+    Preference,
+    ReferencePart,
+    RewardPart,
+    Select,
+)
 from opd_agents.config.methods import list_methods, method_text
+from opd_agents.config.needs import Need, reference_needs
 from opd_agents.config.sections import (
     ChatSettings,
-    Component,
+    Conditioning,
     Correction,
+    Demonstrations,
     EnvironmentSource,
     Lora,
-    Loss,
     Recorded,
     RunConfig,
-    Schedule,
-    Scheduled,
-    Section,
-    Select,
     Student,
+    Teacher,
 )
+from opd_agents.config.weights import Weight
 
 __all__ = [
     "EXPERIMENTS",
+    "Adaptive",
     "ChatSettings",
     "Component",
+    "Conditioning",
     "Correction",
+    "CrossEntropy",
+    "Demonstrations",
+    "Distill",
+    "Entropy",
     "EnvironmentSource",
     "Lora",
     "Loss",
+    "Need",
+    "Policy",
+    "Preference",
     "Recorded",
+    "ReferencePart",
+    "RewardPart",
     "RunConfig",
     "Schedule",
     "Scheduled",
     "Section",
     "Select",
+    "SignedScheduled",
     "Student",
+    "Teacher",
+    "Weight",
     "absolute_inputs",
     "list_methods",
     "load_config",
@@ -47,4 +73,5 @@ __all__ = [
     "method_text",
     "parse_overrides",
     "read_yaml",
+    "reference_needs",
 ]

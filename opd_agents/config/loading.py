@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib.resources
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -150,23 +151,40 @@ def _validate(raw: Mapping[str, Any], label: str) -> RunConfig:
 
 
 def _explain(item: Mapping[str, Any]) -> str:
-    location = ".".join(str(part) for part in item["loc"])
+    keys, section = _followed(item["loc"])
+    location = ".".join(keys)
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(item["loc"][-1]), _keys_at(item["loc"][:-1]), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(keys[-1], list(section.model_fields), n=1, cutoff=0.5)
         return f"unknown key `{location}`" + (f", did you mean `{near[0]}`?" if near else "")
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "union_tag_invalid":
+        known = item["ctx"]["expected_tags"].replace("'", "")
+        message = f"unknown kind {item['ctx']['tag']!r}; known are {known}"
+    if item["type"] == "union_tag_not_found":
+        message = "`kind` is missing"
     return f"`{location}`: {message}" if location else message
 
 
-def _keys_at(location: Sequence[Any]) -> list[str]:
-    """The keys that the section at ``location`` has, for the nearest name."""
+def _followed(location: Sequence[Any]) -> tuple[list[str], type[BaseModel]]:
+    """The keys of a place as they stand in the file, and the section there. Between the keys pydantic says
+    what it has chosen among several types: a ``kind``, or a description of a type."""
     section: type[BaseModel] = RunConfig
-    for part in location:
-        field = section.model_fields.get(str(part))
-        if field is not None:
-            nested = _sections_in(field.annotation)
-            section = nested[0] if nested else section
-    return list(section.model_fields)
+    choices: list[type[BaseModel]] = []
+    keys = []
+    for part in map(str, location):
+        if chosen := [one for one in choices if part in _kinds(one)]:
+            section, choices = chosen[0], []
+        elif not part.startswith(("constrained-", "tagged-union[")):
+            keys.append(part)
+            if (field := section.model_fields.get(part)) is not None:
+                choices = _sections_in(field.annotation)
+                section = choices[0] if choices else section
+    return keys, section
+
+
+def _kinds(section: type[BaseModel]) -> tuple[Any, ...]:
+    field = section.model_fields.get("kind")
+    return typing.get_args(field.annotation) if field is not None else ()
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:

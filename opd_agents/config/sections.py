@@ -5,26 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from opd_agents.types import Actor, Outcome, SpanKind
-
-PLUG_IN = r"^[\w.]+:\w+$"  # module:name, importable here or through `imports`
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Schedule(Section):
-    """A coefficient over the run: ``kind`` from ``start`` to ``end`` as the run's progress goes 0 to 1."""
-
-    kind: Literal["linear", "cosine"]
-    start: float = Field(ge=0)
-    end: float = Field(ge=0)
-
-
-Scheduled: TypeAlias = Annotated[float, Field(ge=0)] | Schedule
+from opd_agents.config.base import PLUG_IN, Scheduled, Section
+from opd_agents.config.loss import Loss
 
 
 class Build(Section):
@@ -54,21 +38,60 @@ class Student(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
+class Conditioning(Section):
+    """What a teacher is told beyond the student's history: privileged context, rendered into ``template``
+    where it says ``{context}`` and put at the end of the system prompt or of the first user message.
+
+    ``sources``, the first that has something for an episode: a constant ``text``; the scripted ``expert``'s
+    actions on the same task; the actions of another, successful episode (``peer``) of the group; what the
+    environment last said to a failed one (``feedback``). An episode for which none has any is not taught.
+    """
+
+    sources: list[Literal["text", "expert", "peer", "feedback"]] = Field(min_length=1)
+    text: str | None = None
+    template: str = "{context}"
+    place: Literal["system", "user"] = "user"
+
+    @model_validator(mode="after")
+    def _complete(self) -> Conditioning:
+        if ("text" in self.sources) != (self.text is not None):
+            raise ValueError("`text` is needed with the source `text`, and only there")
+        if "{context}" not in self.template:
+            raise ValueError("`template` must say where the {context} goes")
+        return self
+
+
 class Teacher(Section):
-    """``local``: the checkpoint ``model``. ``self``: the student's own frozen base, its adapter switched off.
+    """``local``: the checkpoint ``model``. ``self``: the student itself, by ``weights`` as it was at the
+    start (``frozen``), copied ``every`` so many steps (``copy``) or a copy behind (``previous``), as the
+    moving average that takes ``rate`` of it after each update (``ema``), or as it is (``live``).
     ``module:name``: a class of yours, made with ``options``."""
 
     kind: Literal["local", "self"] | Annotated[str, Field(pattern=PLUG_IN)] = "local"
     model: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     options: dict[str, Any] = {}
+    weights: Literal["frozen", "copy", "ema", "live", "previous"] | None = None
+    every: int | None = Field(None, gt=0)
+    rate: float | None = Field(None, gt=0, lt=1)
+    conditioning: Conditioning | None = None
 
     @model_validator(mode="after")
-    def _options_of_a_class(self) -> Teacher:
+    def _fits_kind(self) -> Teacher:
         if self.options and self.kind in ("local", "self"):
             raise ValueError(f"`options` are of a class of your own (kind: module:name), not of {self.kind}")
         if self.model is not None and self.kind == "self":
-            raise ValueError("`model` is for other kinds: of kind self the student's own base teaches")
+            raise ValueError("`model` is for other kinds: of kind self the student itself teaches")
+        if self.conditioning is not None and self.kind not in ("local", "self"):
+            raise ValueError("`conditioning` is for the kinds local and self")
+        if (self.weights is not None) != (self.kind == "self"):
+            raise ValueError(
+                "`weights` (frozen, copy, previous, ema or live) are needed by kind self, and only there"
+            )
+        if (self.every is not None) != (self.weights in ("copy", "previous")):
+            raise ValueError("`every` (steps) is needed with weights copy and previous, and only there")
+        if (self.rate is not None) != (self.weights == "ema"):
+            raise ValueError("`rate` is needed with weights ema, and only there")
         return self
 
 
@@ -110,6 +133,14 @@ class Recorded(Section):
 Source: TypeAlias = Literal["student", "teacher", "expert"]
 
 
+class Demonstrations(Section):
+    """Further episodes of each group, acted by another: ``always``, or only where all of it failed."""
+
+    actor: Literal["teacher", "expert"] = "teacher"
+    per_group: int = Field(1, gt=0)
+    when: Literal["always", "group_failed"] = "always"
+
+
 class Rollout(Section):
     """Where experience comes from. ``source``: one actor, a mixture drawn per turn, or recordings."""
 
@@ -122,6 +153,10 @@ class Rollout(Section):
     max_context_tokens: int = Field(8192, gt=0)
     max_observation_tokens: int = Field(2048, gt=0)  # of one turn; the middle of what is longer is cut out
     step_timeout: float | None = Field(None, gt=0)  # seconds of wall clock for one environment step
+    max_action_tokens: Scheduled | None = None  # of an episode, which then ends unfinished
+    teacher_share: float = Field(0.0, ge=0, lt=1)  # of the teacher in each token's distribution
+    demonstrations: Demonstrations | None = None
+    redraws: int = Field(0, ge=0)  # times that groups of equal rewards are replaced by fresh ones (DAPO)
 
     @property
     def actors(self) -> set[Source]:
@@ -136,60 +171,6 @@ class Rollout(Section):
             raise ValueError(
                 f"episodes_per_step {self.episodes_per_step} is no multiple of group_size {self.group_size}"
             )
-        return self
-
-
-class Select(Section):
-    """Which action tokens a component sees; an empty field selects all."""
-
-    actor: Actor | None = None
-    source: Literal["rollout", "correction"] | None = None
-    outcome: Outcome | None = None
-    spans: list[SpanKind] | None = None
-
-    @model_validator(mode="after")
-    def _chosen_tokens(self) -> Select:
-        if self.spans == []:
-            raise ValueError("`spans` is empty and would select nothing; leave it out for all tokens")
-        if self.spans and SpanKind.FORCED in self.spans:
-            raise ValueError("`spans`: forced tokens are no choice of the model and are never trained")
-        return self
-
-
-class Component(Section):
-    """One term of the loss: ``coef * sum_t w_t l_t / denominator``."""
-
-    kind: Literal["distill", "policy", "ce"]
-    coef: Scheduled = 1.0
-    select: Select = Select()
-    denominator: Literal["token", "turn", "episode", "constant"] = "token"
-    constant: float | None = Field(None, gt=0)  # the denominator when `denominator: constant`
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "reverse_kl"
-    beta: float = Field(0.5, gt=0, lt=1)  # of jsd
-    ratio_clip: float | None = Field(None, gt=1)  # distill: weight by the detached, clipped importance ratio
-    reward: Annotated[str, Field(pattern=PLUG_IN)] | None = None  # policy: instead of the environment's
-    credit: Annotated[str, Field(pattern=PLUG_IN)] | None = None  # further weights of the actions
-    normalise: Literal["std", "none"] = "std"  # policy: of the group's rewards
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    clip_high: float = Field(0.2, gt=0)
-
-    @model_validator(mode="after")
-    def _constant_given(self) -> Component:
-        if (self.denominator == "constant") != (self.constant is not None):
-            raise ValueError("`constant` is needed with `denominator: constant`, and only there")
-        if self.reward is not None and self.kind != "policy":
-            raise ValueError("`reward` is of `policy` components; all kinds take weights from a `credit`")
-        return self
-
-
-class Loss(Section):
-    components: dict[str, Component] = {}
-
-    @model_validator(mode="after")
-    def _one_divergence(self) -> Loss:
-        distills = [c for c in self.components.values() if c.kind == "distill"]
-        if len({(c.divergence, c.beta if c.divergence == "jsd" else None) for c in distills}) > 1:
-            raise ValueError("`distill` components must share `divergence` and `beta`: a pass computes one")
         return self
 
 
@@ -240,6 +221,7 @@ class RunConfig(Section):
     method: str | None = None
     student: Student
     teacher: Teacher | None = None
+    references: dict[str, Teacher] = {}  # further models that the loss compares with, by name
     sampler: Sampler = Sampler()
     chat: ChatSettings = ChatSettings()
     environments: list[EnvironmentSource] = []
@@ -256,72 +238,10 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        if self.stages:
-            if any(stage.stages for stage in self.stages.values()):
-                raise ValueError("stages: a stage cannot have stages of its own")
-            return self
-        self._models_given()
-        if not self.loss.components:
-            raise ValueError("loss.components is empty: give some, or a `method` (`opd-agents methods`)")
-        if all(component.coef == 0 for component in self.loss.components.values()):
-            raise ValueError("every loss coefficient is zero: nothing would be learned")
-        splits = [source.split for source in self.environments]
-        if isinstance(self.rollout.source, Recorded):
-            splits.append(self.rollout.source.split)
-        if "test" in splits or (self.evaluation and self.evaluation.split == "test"):
-            raise ValueError("split: `test` is for `opd-agents evaluate` alone; neither train nor tune on it")
-        budget, most = self.chat.thinking_budget, self.rollout.max_tokens_per_turn
-        if budget is not None and budget >= most:
-            raise ValueError(
-                f"chat.thinking_budget {budget} leaves no room for an action: rollout.max_tokens_per_turn is"
-                f" {most}, thought included"
-            )
-        self._sources_fit()
+        from opd_agents.config.checks import check_run  # it reads the types of this module
+
+        if not self.stages:
+            check_run(self)
+        elif any(stage.stages for stage in self.stages.values()):
+            raise ValueError("stages: a stage cannot have stages of its own")
         return self
-
-    def _models_given(self) -> None:
-        student, teacher = self.student, self.teacher
-        if student.model is not None and student.build is not None:
-            raise ValueError("student: give either `model` (a checkpoint) or `build` (a fresh model)")
-        missing = [] if student.model or student.build else ["student.model"]
-        if teacher and teacher.kind == "local" and teacher.model is None:
-            missing.append("teacher.model")
-        if missing:
-            raise ValueError(
-                f"{' and '.join(missing)} missing: the folder, or the hub's id, of a checkpoint (a fresh "
-                "student is made with student.build)"
-            )
-
-    def _sources_fit(self) -> None:
-        kinds = {component.kind for component in self.loss.components.values()}
-        actors = self.rollout.actors
-        if self.teacher is None and ("distill" in kinds or self.correction or "teacher" in actors):
-            raise ValueError("this loss, source or correction needs a `teacher: {model: PATH}`")
-        if self.teacher and self.teacher.kind == "self" and self.student.lora is None:
-            raise ValueError("teacher.kind: self is the student without its adapter; it needs `student.lora`")
-        if actors and not self.environments:
-            raise ValueError(
-                "`environments` is empty: name one to act in, or take rollout.source: {dataset: PATH}"
-            )
-        if "policy" in kinds and self.rollout.group_size < 2:
-            raise ValueError("a `policy` component compares episodes: rollout.group_size must be >= 2")
-        if isinstance(self.rollout.source, Recorded):
-            self._recordings_fit()
-        if "policy" in kinds and actors != {"student"}:
-            raise ValueError("a `policy` component needs rollout.source: student")
-
-    def _recordings_fit(self) -> None:
-        components = self.loss.components
-        if any(component.kind == "policy" for component in components.values()):
-            raise ValueError(
-                "a `policy` component needs rollout.source: student; recordings have no log-probs"
-            )
-        if all(component.select.actor not in (None, Actor.CORPUS) for component in components.values()):
-            raise ValueError(
-                "no loss component learns from rollout.source.dataset: leave out its `select.actor`, or take"
-                " `select: {actor: corpus}`"
-            )
-        if self.correction and not self.rollout.actors:
-            raise ValueError(
-                "`correction` repairs the student's episodes; rollout.source.student must be > 0"
-            )

@@ -1,0 +1,54 @@
+"""What all sections of a config share: frozen models, plug-in references, coefficients over a run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PLUG_IN = r"^[\w.]+:\w+$"  # module:name, importable here or through `imports`
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Ramp(Section):
+    """From ``start`` to ``end`` as the run's progress goes 0 to 1."""
+
+    kind: Literal["linear", "cosine"]
+    start: float = Field(ge=0)
+    end: float = Field(ge=0)
+
+
+class Switch(Section):
+    """``start`` until the run's progress reaches ``at``, then ``end``."""
+
+    kind: Literal["switch"]
+    start: float = Field(ge=0)
+    end: float = Field(ge=0)
+    at: float = Field(gt=0, lt=1)
+
+
+class Adaptive(Section):
+    """``start``, then after every step times exp(``rate``) where the step's ``metric`` is above ``target``
+    and times exp(-``rate``) where it is below, within [``low``, ``high``]; a negative rate shrinks above."""
+
+    kind: Literal["adaptive"]
+    metric: str
+    target: float
+    start: float = Field(gt=0)
+    rate: float
+    low: float = Field(gt=0)
+    high: float = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _can_move(self) -> Adaptive:
+        if self.rate == 0 or not self.low <= self.start <= self.high or self.low == self.high:
+            raise ValueError("needs a rate other than 0 and low <= start <= high, low < high")
+        return self
+
+
+Schedule: TypeAlias = Annotated[Ramp | Switch | Adaptive, Field(discriminator="kind")]
+Scheduled: TypeAlias = Annotated[float, Field(ge=0)] | Schedule
+SignedScheduled: TypeAlias = float | Schedule

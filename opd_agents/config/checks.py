@@ -1,0 +1,146 @@
+"""What the sections of a run must agree on. Each check raises ValueError with the keys and the remedy."""
+
+from __future__ import annotations
+
+from opd_agents.config.loss import Distill, Policy, Preference, Select
+from opd_agents.config.needs import reference_needs, weights_of
+from opd_agents.config.sections import Recorded, RunConfig
+from opd_agents.config.weights import GroupFailed, PassRate, Perplexity
+from opd_agents.types import Actor
+
+
+def check_run(config: RunConfig) -> None:
+    """A run without stages."""
+    _models_given(config)
+    if not config.loss.components:
+        raise ValueError("loss.components is empty: give some, or a `method` (`opd-agents methods`)")
+    if all(component.coef == 0 for component in config.loss.components.values()):
+        raise ValueError("every loss coefficient is zero: nothing would be learned")
+    splits = [source.split for source in config.environments]
+    if isinstance(config.rollout.source, Recorded):
+        splits.append(config.rollout.source.split)
+    if "test" in splits or (config.evaluation and config.evaluation.split == "test"):
+        raise ValueError("split: `test` is for `opd-agents evaluate` alone; neither train nor tune on it")
+    budget, most = config.chat.thinking_budget, config.rollout.max_tokens_per_turn
+    if budget is not None and budget >= most:
+        raise ValueError(
+            f"chat.thinking_budget {budget} leaves no room for an action: rollout.max_tokens_per_turn is"
+            f" {most}, thought included"
+        )
+    _references_given(config)
+    _sources_fit(config)
+    _groups_fit(config)
+
+
+def _models_given(config: RunConfig) -> None:
+    student = config.student
+    if student.model is not None and student.build is not None:
+        raise ValueError("student: give either `model` (a checkpoint) or `build` (a fresh model)")
+    missing = [] if student.model or student.build else ["student.model"]
+    named = {"teacher": config.teacher} | {f"references.{n}": t for n, t in config.references.items()}
+    missing += [f"{n}.model" for n, t in named.items() if t and t.kind == "local" and t.model is None]
+    if missing:
+        raise ValueError(
+            f"{' and '.join(missing)} missing: the folder, or the hub's id, of a checkpoint (a fresh "
+            "student is made with student.build)"
+        )
+
+
+def _references_given(config: RunConfig) -> None:
+    if reserved := {"teacher", "student"} & config.references.keys():
+        raise ValueError(f"references.{min(reserved)}: the name is taken; call it otherwise")
+    wanted = reference_needs(config.loss.components).keys()
+    if config.teacher is None and (
+        "teacher" in wanted or config.correction or _teacher_acts(config) or config.rollout.teacher_share
+    ):
+        raise ValueError("this loss, source or correction needs a `teacher: {model: PATH}`")
+    if unknown := wanted - {"teacher"} - config.references.keys():
+        known = ", ".join(["teacher", *config.references])
+        raise ValueError(f"the loss compares with `{min(unknown)}`, but `references` has no such: {known}")
+    if idle := config.references.keys() - wanted:
+        raise ValueError(f"references.{min(idle)}: nothing in the loss compares with it")
+    conditioned = config.teacher is not None and config.teacher.conditioning is not None
+    if config.rollout.teacher_share and (conditioned or config.rollout.source != "student"):
+        raise ValueError(
+            "rollout.teacher_share mixes the teacher into the student's every token: it needs `source:"
+            " student` and a teacher without conditioning"
+        )
+
+
+def _teacher_acts(config: RunConfig) -> bool:
+    extra = config.rollout.demonstrations
+    return "teacher" in config.rollout.actors or bool(extra and extra.actor == "teacher")
+
+
+def _sources_fit(config: RunConfig) -> None:
+    rollout, components = config.rollout, config.loss.components
+    actors = rollout.actors
+    if actors and not config.environments:
+        raise ValueError(
+            "`environments` is empty: name one to act in, or take rollout.source: {dataset: PATH}"
+        )
+    policies = [component for component in components.values() if isinstance(component, Policy)]
+    recorded = isinstance(rollout.source, Recorded)
+    if policies and recorded:
+        raise ValueError("a `policy` component needs rollout.source: student; recordings have no log-probs")
+    others = actors != {"student"} or rollout.demonstrations is not None
+    for component in policies:
+        on_policy = component.ratio not in ("shaped", "none")
+        if actors == {"student"} and rollout.demonstrations is None:
+            continue
+        if "student" not in actors or (on_policy and component.select.actor is not Actor.STUDENT and others):
+            raise ValueError(
+                "a `policy` component needs rollout.source: student; where others act too it needs"
+                " `select: {actor: student}`, or `ratio: shaped` for their tokens"
+            )
+    if recorded:
+        _recordings_fit(config)
+
+
+def _recordings_fit(config: RunConfig) -> None:
+    components = config.loss.components
+    if all(component.select.actor not in (None, Actor.CORPUS) for component in components.values()):
+        raise ValueError(
+            "no loss component learns from rollout.source.dataset: leave out its `select.actor`, or take"
+            " `select: {actor: corpus}`"
+        )
+    if config.correction and not config.rollout.actors:
+        raise ValueError("`correction` repairs the student's episodes; rollout.source.student must be > 0")
+    if config.rollout.demonstrations:
+        raise ValueError("rollout.demonstrations are added to groups that the student rolls out, not to data")
+
+
+def _groups_fit(config: RunConfig) -> None:
+    rollout, components = config.rollout, config.loss.components.values()
+    policies = [c for c in components if isinstance(c, Policy)]
+    parts = [part for component in policies for part in component.rewards.values()]
+    compared = any(part.baseline != "none" for part in parts)
+    extra = rollout.demonstrations
+    if compared and rollout.group_size < 2 and not (extra and extra.when == "always"):
+        raise ValueError("a `policy` component compares episodes: rollout.group_size must be >= 2")
+    grouped = (GroupFailed, PassRate, Perplexity)
+    if rollout.group_size < 2 and any(isinstance(w, grouped) for c in components for w in weights_of(c)):
+        raise ValueError("a weight by the group's episodes needs rollout.group_size >= 2")
+    if rollout.redraws and not (parts and rollout.group_size > 1):
+        raise ValueError(
+            "rollout.redraws replaces groups whose rewards are equal: it needs `rewards` in a `policy`"
+            " component and rollout.group_size >= 2"
+        )
+    if extra is None and any(_demonstrated(select) for c in components for select in _selects(c)):
+        raise ValueError("`source: demonstration` selects nothing without rollout.demonstrations")
+    if rollout.group_size < 2 and extra is None and any(isinstance(c, Preference) for c in components):
+        raise ValueError("a `preference` compares episodes of a group: rollout.group_size must be >= 2")
+    if extra and extra.when == "group_failed" and "student" not in rollout.actors:
+        raise ValueError("rollout.demonstrations.when: group_failed looks at the student's episodes")
+    if any(isinstance(c, Distill) and c.ratio_clip and rollout.source == "expert" for c in components):
+        raise ValueError("`ratio_clip` clips ratios to sampling log-probs: the expert's actions have none")
+
+
+def _selects(component: object) -> list[Select]:
+    if isinstance(component, Preference):
+        return [component.chosen, component.rejected]
+    return [component.select]  # type: ignore[attr-defined]
+
+
+def _demonstrated(select: Select) -> bool:
+    return select.source == "demonstration"

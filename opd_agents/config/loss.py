@@ -1,0 +1,264 @@
+"""What is learned: the components of the loss, their advantages, weights and gates.
+
+Every published method is a combination of these (`configs/methods/*.yaml`); the mathematics is in
+`opd_agents.objectives`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Field, model_validator
+
+from opd_agents.config.base import PLUG_IN, Scheduled, Section, SignedScheduled
+from opd_agents.config.weights import LikelihoodShift, Weight
+from opd_agents.types import Actor, Outcome, SpanKind
+
+PlugIn: TypeAlias = Annotated[str, Field(pattern=PLUG_IN)]
+
+# What the gradient of an estimator of the reverse KL is, with a ratio that is differentiated or not.
+ESTIMATES: Mapping[str, Mapping[str, str]] = {
+    "k1": {"live": "reverse_kl", "detached": ""},
+    "k2": {"live": "?", "detached": "reverse_kl"},
+    "k3": {"live": "reverse_kl", "detached": "forward_kl"},
+}
+GRADIENTS = {
+    "": "an expected gradient of zero",
+    "?": "the gradient of no divergence",
+    "reverse_kl": "the gradient of reverse_kl",
+    "forward_kl": "the gradient of forward_kl",
+}
+
+
+def _check_given(section: Section, **fields: tuple[bool, str]) -> None:
+    """Each field (needed, what it is of) is given where it is needed, and only there."""
+    for name, (needed, what) in fields.items():
+        if needed != (vars(section)[name] is not None):
+            remedy = "is missing" if needed else f"has no use (`{name}: null` takes it out)"
+            raise ValueError(f"`{name}` {remedy}; it is {what}")
+
+
+class Select(Section):
+    """Which action tokens a component sees; an empty field selects all."""
+
+    actor: Actor | None = None
+    source: Literal["rollout", "correction", "demonstration"] | None = None
+    outcome: Outcome | None = None
+    spans: list[SpanKind] | None = None
+
+    @model_validator(mode="after")
+    def _chosen_tokens(self) -> Select:
+        if self.spans == []:
+            raise ValueError("`spans` is empty and would select nothing; leave it out for all tokens")
+        if self.spans and SpanKind.FORCED in self.spans:
+            raise ValueError("`spans`: forced tokens are no choice of the model and are never trained")
+        return self
+
+
+class _Component(Section):
+    """One term of the loss: ``coef * sum_t w_t l_t / denominator``.
+
+    ``denominator``: the mean over ``token``s that are selected, over those of non-zero weight (``selected``),
+    over their ``weights``; over ``turn``s or ``episode``s of the mean within each; or a ``constant``.
+    """
+
+    coef: Scheduled = 1.0
+    select: Select = Select()
+    denominator: Literal["token", "turn", "episode", "selected", "weights", "constant"] = "token"
+    constant: float | None = Field(None, gt=0)  # the denominator when `denominator: constant`
+    weights: list[Weight] = []  # multiplied
+    credit: PlugIn | None = None  # further weights of the actions
+
+    @model_validator(mode="after")
+    def _constant_given(self) -> _Component:
+        if (self.denominator == "constant") != (self.constant is not None):
+            raise ValueError("`constant` is needed with `denominator: constant`, and only there")
+        if any(isinstance(weight, LikelihoodShift) for weight in self.weights):
+            raise ValueError("`weights`: likelihood_shift follows an advantage's sign: a gate of `rewards`")
+        return self
+
+
+class Distill(_Component):
+    """A divergence between the student and a ``reference`` (`teacher`, or one of `references`) at every
+    position, differentiated; see `opd_agents.objectives.divergence`."""
+
+    kind: Literal["distill"]
+    reference: str = "teacher"
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "alpha", "tvd"] = (
+        "reverse_kl"
+    )
+    beta: float | None = Field(None, gt=0, lt=1)  # of jsd
+    alpha: float | None = Field(None, gt=0, lt=1)  # of skew_kl, skew_reverse_kl and alpha
+    signal: Literal["full", "student_top_k", "teacher_top_k", "sampled"] = "full"
+    k: int | None = Field(None, gt=0)  # of a top-k signal
+    tail: Literal["bucket", "sampled", "none"] | None = None  # of a top-k signal
+    renormalise: Literal["none", "teacher", "both"] = "none"  # over the top k, where there is no tail
+    estimator: Literal["direct", "per_candidate", "k1", "k2", "k3"] = "direct"
+    ratio: Literal["live", "detached"] | None = None  # of k1, k2 and k3
+    geometric: Scheduled = 0.0  # the target is p q^geometric, normalised, q detached
+    clip: float | None = Field(None, gt=0)  # most that one candidate token adds, in nats
+    temperature_student: float | None = Field(None, gt=0)  # None: the rollout's
+    temperature_teacher: float | None = Field(None, gt=0)  # None: the rollout's
+    ratio_clip: float | None = Field(None, gt=1)  # weight by the detached, clipped importance ratio
+
+    @model_validator(mode="after")
+    def _parameters_fit(self) -> Distill:
+        top_k = self.signal in ("student_top_k", "teacher_top_k")
+        _check_given(
+            self,
+            beta=(self.divergence == "jsd", "of divergence jsd"),
+            alpha=(
+                self.divergence in ("skew_kl", "skew_reverse_kl", "alpha"),
+                "of the divergences skew_kl, skew_reverse_kl and alpha",
+            ),
+            k=(top_k, "of the signals student_top_k and teacher_top_k"),
+            tail=(top_k, "bucket, sampled or none, of the signals student_top_k and teacher_top_k"),
+            ratio=(self.estimator in ESTIMATES, "live or detached, of the estimators k1, k2 and k3"),
+        )
+        if self.renormalise != "none" and self.tail != "none":
+            raise ValueError("`renormalise` is for a top-k signal with `tail: none`")
+        if self.estimator in ESTIMATES:
+            self._estimate_fits()
+        if self.estimator == "per_candidate" and (
+            self.divergence != "reverse_kl" or self.signal == "sampled" or self.tail not in (None, "none")
+        ):
+            raise ValueError(
+                "estimator per_candidate is of reverse_kl, over all tokens or a top k with `tail: none`"
+            )
+        return self
+
+    def _estimate_fits(self) -> None:
+        """Which pairs of estimator and ratio have the gradient of what; the others of nothing stated."""
+        if self.signal != "sampled":
+            raise ValueError(f"estimator {self.estimator} is of `signal: sampled`")
+        gives = ESTIMATES[self.estimator][self.ratio or ""]
+        if gives != self.divergence:
+            raise ValueError(
+                f"estimator {self.estimator} with a {self.ratio} ratio has {GRADIENTS[gives]}, not that of"
+                f" {self.divergence}. For the reverse KL take k1 or k3 live or k2 detached, for the forward"
+                " one k3 detached"
+            )
+
+
+class ReferencePart(Section):
+    """One part of an advantage from a reference: ``coef * gates * d``, d = log p(token) - log q(token), of
+    the sampled token, detached; q is the student that sampled. See `objectives.reference_advantages`."""
+
+    reference: str = "teacher"
+    coef: SignedScheduled = 1.0
+    discount: float = Field(0.0, ge=0, le=1)  # of the d of later action tokens of the episode
+    include_now: bool = True  # whether a token's own d counts, where `discount` adds the later ones
+    length_normalise: bool = False  # the return by the number of tokens that are left
+    baseline: Literal["none", "closed_form"] = "none"  # closed_form: minus E_q[d] = -KL(q || p)
+    clip: float | None = Field(None, gt=0)  # of |d|, in nats
+    gates: list[Weight] = []
+
+    @model_validator(mode="after")
+    def _something_counts(self) -> ReferencePart:
+        if not self.include_now and self.discount == 0:
+            raise ValueError("`include_now: false` with `discount: 0` leaves no d at all")
+        return self
+
+
+class RewardPart(Section):
+    """One part of an advantage from an episode's reward: ``coef * gates * (r - baseline) / scale``."""
+
+    reward: PlugIn | None = None  # instead of the environment's
+    coef: SignedScheduled = 1.0
+    baseline: Literal["group", "leave_one_out", "none"] = "group"
+    normalise: Literal["std", "batch_std", "none"] = "std"
+    unfinished: Literal["scored", "masked"] = "scored"  # episodes that a budget cut off
+    gates: list[Weight] = []
+
+
+class Policy(_Component):
+    """A policy gradient: the surrogate ``-min(r A, clip(r) A)`` with a composed, detached advantage A."""
+
+    kind: Literal["policy"]
+    references: dict[str, ReferencePart] = {}
+    rewards: dict[str, RewardPart] = {}
+    whiten: bool = False  # the composed advantage over the batch's tokens
+    ratio: Literal["token", "turn", "sequence", "trrd", "shaped", "none"] = "token"
+    trrd_alpha: float | None = Field(None, ge=0, le=1)  # of trrd: r^alpha (q / p)^(1 - alpha)
+    trrd_reference: str | None = None
+    shaping: float | None = Field(None, gt=0)  # of shaped: q / (q + shaping)
+    clip_low: float | None = Field(0.2, gt=0, lt=1)  # None: not clipped
+    clip_high: float | None = Field(0.2, gt=0)
+    mismatch: Literal["tis", "icepop"] | None = None  # ratio to the trainer's old log-probs, corrected
+    mismatch_low: float | None = Field(None, gt=0)  # of icepop
+    mismatch_high: float | None = Field(None, gt=0)  # of both
+
+    @model_validator(mode="after")
+    def _composed(self) -> Policy:
+        if not (self.references or self.rewards):
+            raise ValueError("a `policy` component needs an advantage: `references`, `rewards`, or both")
+        if self.references.keys() & self.rewards.keys():
+            raise ValueError("`references` and `rewards` must not share the name of a part")
+        _check_given(
+            self,
+            trrd_alpha=(self.ratio == "trrd", "of ratio trrd"),
+            trrd_reference=(self.ratio == "trrd", "of ratio trrd"),
+            shaping=(self.ratio == "shaped", "of ratio shaped"),
+            mismatch_low=(self.mismatch == "icepop", "of mismatch icepop"),
+            mismatch_high=(self.mismatch is not None, "of mismatch tis and icepop"),
+        )
+        if self.ratio in ("shaped", "none") and self.mismatch:
+            raise ValueError(f"`mismatch` corrects a ratio to old log-probs: ratio {self.ratio} has none")
+        return self
+
+
+class CrossEntropy(_Component):
+    """The negative log-likelihood of the selected actions; supervised fine-tuning."""
+
+    kind: Literal["ce"]
+
+
+class Entropy(_Component):
+    """Minus the entropy of the student's distribution: a bonus for keeping it."""
+
+    kind: Literal["entropy"]
+
+
+class Preference(_Component):
+    """A loss on pairs of episodes of one group: those that ``chosen`` selects against those that ``rejected``
+    does. See `opd_agents.objectives.preference`."""
+
+    kind: Literal["preference"]
+    form: Literal["dpo", "spin", "orpo"]
+    beta: float | None = Field(None, gt=0)  # of dpo and spin
+    reference: str | None = None  # of dpo and spin: one of `references`
+    chosen: Select
+    rejected: Select
+
+    @model_validator(mode="after")
+    def _form_fits(self) -> Preference:
+        anchored = self.form in ("dpo", "spin")
+        _check_given(self, beta=(anchored, "of dpo and spin"), reference=(anchored, "of dpo and spin"))
+        if self.select != Select() or self.weights or self.credit or self.denominator != "token":
+            raise ValueError("a `preference` counts pairs: take `chosen` and `rejected`, without weights")
+        return self
+
+
+Component: TypeAlias = Annotated[
+    Distill | Policy | CrossEntropy | Entropy | Preference, Field(discriminator="kind")
+]
+
+
+class Loss(Section):
+    components: dict[str, Component] = {}
+    both_kl_legs: bool = False  # one reference both in an advantage and in a divergence, on purpose
+
+    @model_validator(mode="after")
+    def _one_leg(self) -> Loss:
+        losses = {c.reference for c in self.components.values() if isinstance(c, Distill)}
+        policies = [c for c in self.components.values() if isinstance(c, Policy)]
+        parts = {part.reference for c in policies for part in c.references.values()}
+        if (twice := losses & parts) and not self.both_kl_legs:
+            raise ValueError(
+                f"the reference `{min(twice)}` stands in a `distill` component and in an advantage, so that"
+                " its KL would count twice; drop one, or say `both_kl_legs: true`"
+            )
+        if self.both_kl_legs and not twice:
+            raise ValueError("`both_kl_legs` is set, but no reference has both")
+        return self

@@ -1,0 +1,71 @@
+"""What the loss needs of its references: told from the config alone, before any model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, TypeAlias
+
+from opd_agents.config.loss import Component, Distill, Policy, Preference
+from opd_agents.config.weights import (
+    Accepted,
+    Agreement,
+    KLCollapse,
+    LikelihoodShift,
+    Perplexity,
+    TeacherEntropy,
+    TopTokens,
+    Trust,
+    TurnDisagreement,
+    TurnDivergence,
+    Weight,
+)
+
+Need: TypeAlias = Literal["sampled", "teacher_top_k", "student_top_k", "full"]
+"""Of a reference's next-token distributions: the log-prob of the sampled token, those of its own top k or of
+the student's, or all of them."""
+
+
+def reference_needs(components: Mapping[str, Component]) -> dict[str, frozenset[Need]]:
+    """Per reference (`teacher` among them) what the components, their weights and gates need of it."""
+    found: dict[str, set[Need]] = {}
+    for component in components.values():
+        for reference, need in _of_component(component):
+            found.setdefault(reference, set()).add(need)
+    return {reference: frozenset(needs) for reference, needs in found.items()}
+
+
+def weights_of(component: Component) -> Iterator[Weight]:
+    """The weights of a component and the gates of its parts."""
+    yield from component.weights
+    if isinstance(component, Policy):
+        for reference in component.references.values():
+            yield from reference.gates
+        for reward in component.rewards.values():
+            yield from reward.gates
+
+
+def _of_component(component: Component) -> Iterator[tuple[str, Need]]:
+    match component:
+        case Distill():
+            yield component.reference, component.signal
+        case Policy():
+            for part in component.references.values():
+                yield part.reference, "full" if part.baseline == "closed_form" else "sampled"
+            if component.trrd_reference is not None:
+                yield component.trrd_reference, "sampled"
+        case Preference(reference=str(name)):
+            yield name, "sampled"
+    yield from _of_weights(list(weights_of(component)))
+
+
+def _of_weights(weights: Sequence[Weight]) -> Iterator[tuple[str, Need]]:
+    for weight in weights:
+        match weight:
+            case TeacherEntropy() | KLCollapse() | Accepted() | Trust(measure="entropy"):
+                yield weight.reference, "full"
+            case TopTokens(score="soft_or" | "divergence"):
+                yield weight.reference, "full"
+            case Agreement() | LikelihoodShift() | TurnDivergence() | TurnDisagreement() | Trust():
+                yield weight.reference, "sampled"
+            case Perplexity() if weight.of != "student":
+                yield weight.of, "sampled"

@@ -1,0 +1,172 @@
+"""Weights and gates: factors of a token's loss, or of one part of its advantage, without gradient.
+
+The formulas are in `opd_agents.objectives.weights`. A ``reference`` is `teacher`, or one of `references`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Field, model_validator
+
+from opd_agents.config.base import Scheduled, Section
+
+
+class OutcomeWeight(Section):
+    """By the episode's outcome: ``success``, or ``otherwise``."""
+
+    kind: Literal["outcome"]
+    success: float = Field(1.0, ge=0)
+    otherwise: float = Field(0.0, ge=0)
+
+
+class GroupFailed(Section):
+    """1 in groups none of whose episodes succeeded, 0 in others."""
+
+    kind: Literal["group_failed"]
+
+
+class PassRate(Section):
+    """p^alpha (1 - p)^beta of the group's success rate p (PACED, arXiv 2603.11178)."""
+
+    kind: Literal["pass_rate"]
+    alpha: float = Field(1.0, ge=0)
+    beta: float = Field(1.0, ge=0)
+
+
+class Perplexity(Section):
+    """Softmax over the selected episodes of a group of +-log perplexity / temperature, times their number
+    (SCOPE, arXiv 2604.10688). ``of``: `student` or a reference."""
+
+    kind: Literal["perplexity"]
+    of: str = "student"
+    prefer: Literal["high", "low"]
+    temperature: float = Field(1.0, gt=0)
+
+
+class TopTokens(Section):
+    """1 on the ``share`` of each episode's tokens of highest score, 0 on others (TIP, arXiv 2604.14084)."""
+
+    kind: Literal["top_tokens"]
+    score: Literal["soft_or", "entropy", "divergence"] = "soft_or"
+    share: float = Field(0.5, gt=0, le=1)
+    reference: str = "teacher"
+
+
+class TeacherEntropy(Section):
+    """1 where the reference's entropy is ``above`` so many nats (EOPD, arXiv 2603.07079)."""
+
+    kind: Literal["teacher_entropy"]
+    above: float = Field(0.8, ge=0)
+    reference: str = "teacher"
+
+
+class Accepted(Section):
+    """1 where the student's best token is among the reference's best ``k``, else ``otherwise`` (SelecTKD,
+    arXiv 2510.24021, its greedy acceptance)."""
+
+    kind: Literal["accepted"]
+    k: int = Field(5, gt=0)
+    otherwise: float = Field(0.01, ge=0, lt=1)
+    reference: str = "teacher"
+
+
+class WithoutTokens(Section):
+    """0 on tokens of these texts, each one token; with ``first_only`` on the first of each in an episode.
+    `end` stands for the tokens that end a turn."""
+
+    kind: Literal["without_tokens"]
+    tokens: list[str] = Field(min_length=1)
+    first_only: bool = False
+
+
+class Prefix(Section):
+    """1 on the first ``tokens`` action tokens, or the first ``turns`` actions, of an episode."""
+
+    kind: Literal["prefix"]
+    tokens: Scheduled | None = None
+    turns: Scheduled | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Prefix:
+        if (self.tokens is None) == (self.turns is None):
+            raise ValueError("give either `tokens` or `turns`")
+        return self
+
+
+class Agreement(Section):
+    """sigmoid(slope d) of the sampled token's d = log p - log q (SDAR, arXiv 2605.15155)."""
+
+    kind: Literal["sigmoid"]
+    slope: float = Field(5.0, gt=0)
+    reference: str = "teacher"
+
+
+class LikelihoodShift(Section):
+    """(1 - strength) + strength * clip(exp(sign(A) d), 1 - clip, 1 + clip): a gate of a reward's advantage A,
+    whose sign it never changes (RLSD, arXiv 2604.03128)."""
+
+    kind: Literal["likelihood_shift"]
+    strength: Scheduled = 0.5
+    clip: float = Field(0.2, gt=0, lt=1)
+    reference: str = "teacher"
+
+
+class TurnDivergence(Section):
+    """Falling where turns diverge more than those before (SOD, arXiv 2605.07725). ``published``: the product
+    of d_u / d_(u+1), which is d_1 / d_k; ``running``: the mean of all turns before, over d_k. Both at most
+    1 + cap; d is a turn's mean |log p - log q|; a first turn has 1."""
+
+    kind: Literal["turn_divergence"]
+    form: Literal["published", "running"]
+    cap: float = Field(0.2, ge=0)
+    reference: str = "teacher"
+
+
+class TurnDisagreement(Section):
+    """1 - (1 - a)(1 - b) of each turn: a its mean |d|, b its mean student entropy, both scaled to [0, 1] over
+    the batch (T-DUR of ATOD, arXiv 2606.27814)."""
+
+    kind: Literal["turn_disagreement"]
+    reference: str = "teacher"
+
+
+class Trust(Section):
+    """exp(-measure / scale) of each turn: trust in a reference that is sure (``entropy``: its mean entropy on
+    the turn, nats) or that finds the history plausible (``perplexity``: its mean -log p of all action tokens
+    of the episode up to the turn, nats)."""
+
+    kind: Literal["trust"]
+    measure: Literal["entropy", "perplexity"]
+    scale: float = Field(1.0, gt=0)
+    reference: str = "teacher"
+
+
+class KLCollapse(Section):
+    """0 from the first turn on whose mean KL(student || reference) is below ``floor`` times that of the
+    episode's turns before it, in episodes without success: a reference that repeats the student's derailment
+    agrees with it, and teaches nothing."""
+
+    kind: Literal["kl_collapse"]
+    floor: float = Field(0.1, gt=0, lt=1)
+    reference: str = "teacher"
+
+
+Weight: TypeAlias = Annotated[
+    OutcomeWeight
+    | GroupFailed
+    | PassRate
+    | Perplexity
+    | TopTokens
+    | TeacherEntropy
+    | Accepted
+    | WithoutTokens
+    | Prefix
+    | Agreement
+    | LikelihoodShift
+    | TurnDivergence
+    | TurnDisagreement
+    | Trust
+    | KLCollapse,
+    Field(discriminator="kind"),
+]
