@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from opd_agents.batch import Packed, pack
 from opd_agents.config import Component
-from opd_agents.credit import frozen_terms
+from opd_agents.frozen import frozen_terms
 from opd_agents.loss import micro_losses, plan, selected
 from opd_agents.optimizers import ModelOptimizer
 from opd_agents.policies.models import forward_flops, head, hidden_states, local_device

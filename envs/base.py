@@ -92,6 +92,7 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
         self.observation_space = AnyText()
         self.action_space = AnyText()
         self._task: Task | None = None
+        self._reset_seed: int | None = None
         self._turn = 0
         self._over = self._finished = False
         self._start_rng: Mapping[str, Any] = {}
@@ -175,7 +176,20 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
     def task(self) -> Task:
         """The present task: with a task file, for an environment that makes its own tasks, the one of those
         that the row selects. Raises gymnasium's ResetNeeded before the first reset."""
-        return self._listed_task if self._row is None or self.row_fields else self._row.own_task()
+        return self.listed_task if self._row is None or self.row_fields else self._row.own_task()
+
+    @property
+    def listed_task(self) -> Task:
+        """The present task by its place in ``split_sizes``, which is what ``reset`` takes. Raises gymnasium's
+        ResetNeeded before the first reset."""
+        if self._task is None:
+            raise gymnasium.error.ResetNeeded(f"{type(self).__name__}: call reset() first.")
+        return self._task
+
+    @property
+    def reset_seed(self) -> int | None:
+        """What the present episode was reset with; None where it was not, or has left its own noise."""
+        return self._reset_seed
 
     @property
     def row(self) -> TaskRow:
@@ -204,13 +218,14 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
         exist.
         """
         super().reset(seed=seed)
+        self._reset_seed = seed
         self._set_task(self._choose_task(dict(options or {})))
         self._start_rng = self.np_random.bit_generator.state
         prompt = self._begin()
         message = Message("user", prompt)
         return prompt, {
-            "task_id": self._listed_task.id,
-            "split": self._listed_task.split,
+            "task_id": self.listed_task.id,
+            "split": self.listed_task.split,
             "messages": [message],
             "system": self.system_prompt,
             "tools": self.tools,
@@ -257,7 +272,7 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
             state = Recording(self._start_rng, tuple(self._actions), tuple(self._digests))
         else:
             state = pickled(self.get_state(), type(self).__name__)
-        return Snapshot(self._listed_task, self._turn, self._over, self.np_random.bit_generator.state, state)
+        return Snapshot(self.listed_task, self._turn, self._over, self.np_random.bit_generator.state, state)
 
     def restore(self, saved: Snapshot, reseed: int | None = None) -> None:
         """Go back to ``saved``, taken from this or an equally made environment.
@@ -266,6 +281,7 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
         NotForkable, and ReplayDivergence if replaying leads elsewhere.
         """
         self._require_fork_mode()
+        self._reset_seed = None
         self._set_task(saved.task)
         if isinstance(saved.state, Recording):
             self._start_rng = self.np_random.bit_generator.state = saved.state.start
@@ -329,13 +345,6 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
         if self.fork_mode == "replay":
             self._actions, self._digests = [], [self.state_digest()]
         return prompt
-
-    @property
-    def _listed_task(self) -> Task:
-        """The present task by its place in ``split_sizes``, which is what ``reset`` takes."""
-        if self._task is None:
-            raise gymnasium.error.ResetNeeded(f"{type(self).__name__}: call reset() first.")
-        return self._task
 
     def _set_task(self, task: Task) -> None:
         self._task = task

@@ -10,22 +10,18 @@ from torch import Tensor
 
 from opd_agents import envs
 from opd_agents.batch import Packed, pack
-from opd_agents.config import Component
+from opd_agents.composition import Composed, compose, of_component, selected, weigh
+from opd_agents.config import Component, Policy, Preference
 from opd_agents.correction import Repair, correct
-from opd_agents.credit import (
-    FrozenTerms,
-    advantages,
-    assign_credit,
-    check_behaviour,
-    frozen_terms,
-    with_factors,
-)
+from opd_agents.credit import assign_credit, factors, with_factors
 from opd_agents.errors import AlignmentError, EnvironmentContractError
+from opd_agents.frozen import FrozenTerms, check_behaviour, frozen_terms
 from opd_agents.plugins import load_credit, load_reward
 from opd_agents.policies.models import forward_flops
 from opd_agents.session import Session
-from opd_agents.teachers import HiddenStates
-from opd_agents.types import Actor, Credit, Trajectory
+from opd_agents.teachers import HiddenStates, SampledLogprobs, TeacherSignal, TeacherTopK
+from opd_agents.types import Actor, Credit, Outcome, Trajectory
+from opd_agents.weighting import WeightInputs
 
 # How far the trainer's log-probs may be from the sampler's, in nats. A bfloat16 logit between 32 and 64, as
 # large models have, is known to 0.25 only: one token says little there, but all of them tell other weights.
@@ -34,22 +30,30 @@ GAPS = {"float32": {"tolerance": 1e-3}, "bfloat16": {"tolerance": 5.0, "mean": 0
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """``signal`` and ``frozen`` belong to ``packed``, that to ``trajectories``: rollouts, then branches.
+    """``signals`` of each reference, ``taught`` (bool [N]; of those that may have nothing to say) and
+    ``frozen`` belong to ``packed``, that to ``trajectories``: rollouts, then branches.
 
-    Of several ranks each has the same, but for ``signal``, which is filled only where ``owned`` (bool [N])
+    Of several ranks each has the same, but for ``signals``, which are filled only where ``owned`` (bool [N])
     says that this rank scores and trains the token.
     """
 
     trajectories: tuple[Trajectory, ...]
     packed: Packed
-    signal: HiddenStates | None
-    frozen: FrozenTerms | None
+    signals: Mapping[str, TeacherSignal]
+    taught: Mapping[str, Tensor]
+    frozen: FrozenTerms
     owned: Tensor
     repairs: tuple[Repair, ...] = ()
 
     @property
     def rollouts(self) -> tuple[Trajectory, ...]:
-        return tuple(t for t in self.trajectories if t.branch is None and not t.recorded)
+        """Of the source: neither branches, nor demonstrations, nor recordings."""
+        others = (t for t in self.trajectories if t.branch is None and not t.recorded)
+        return tuple(t for t in others if not t.demonstration)
+
+    @property
+    def demonstrations(self) -> tuple[Trajectory, ...]:
+        return tuple(t for t in self.trajectories if t.demonstration)
 
     @property
     def recorded(self) -> tuple[Trajectory, ...]:
@@ -71,37 +75,46 @@ def score(session: Session, trajectories: Sequence[Trajectory]) -> Experience:
             f"{played[0].task} of {played[0].env_id}: {played[0].error}"
         )
     tokens, owned = config.trainer.micro_batch_tokens, session.world.owned(packed)
-    signal = (
-        session.teacher.score(packed, tokens, owned) if session.teacher and session.needs_signal else None
-    )
-    if signal is not None and len(signal.hidden) != len(packed.target):
-        raise AlignmentError(
-            f"The teacher gave {len(signal.hidden)} hidden states for {len(packed.target)} action tokens: it "
-            "must give one before every action token, in the order of the packed table."
-        )
+    signals, taught = session.score(packed, trajectories, owned)
+    for name, signal in signals.items():
+        if len(rows := _rows(signal)) != len(packed.target):
+            raise AlignmentError(
+                f"The reference `{name}` gave {len(rows)} rows for {len(packed.target)} action tokens: it "
+                "must give one for every action token, in the order of the packed table."
+            )
+    read = bool(packed.rows) and _reads_terms(session, trajectories)
+    frozen = frozen_terms(session.model, packed, signals, config.rollout.temperature, tokens, owned & read)
+    frozen = frozen.summed(session.world.sum).where_taught(taught)
+    if read:
+        mean_context = packed.n_tokens / len(packed.rows) / 2
+        session.totals["flops"] += forward_flops(session.model, packed.n_tokens, mean_context)
+        check_behaviour(packed, trajectories, frozen, session.step, **GAPS[config.student.dtype])
+    return Experience(tuple(trajectories), packed, signals, taught, frozen, owned)
+
+
+def _reads_terms(session: Session, trajectories: Sequence[Trajectory]) -> bool:
+    """Whether anything looks at the terms: not where the likelihood of another's actions is all there is."""
+    components = session.config.loss.components.values()
     sampled = any(
         turn.logprobs is not None and turn.actor is Actor.STUDENT for t in trajectories for turn in t.turns
     )
-    if not packed.turns or (signal is None and not sampled):
-        return Experience(tuple(trajectories), packed, signal, None, owned)
-    frozen = frozen_terms(session.model, packed, signal, config.rollout.temperature, tokens, owned)
-    frozen = frozen.summed(session.world.sum)
-    mean_context = packed.n_tokens / len(packed.rows) / 2
-    session.totals["flops"] += forward_flops(session.model, packed.n_tokens, mean_context)
-    check_behaviour(packed, trajectories, frozen, session.step, **GAPS[config.student.dtype])
-    return Experience(tuple(trajectories), packed, signal, frozen, owned)
+    return sampled or any(component.kind != "ce" or component.weights for component in components)
+
+
+def _rows(signal: TeacherSignal) -> Tensor:
+    return signal.hidden if isinstance(signal, HiddenStates) else signal.logprobs
 
 
 def with_repairs(session: Session, experience: Experience) -> Experience:
     """The experience and its accepted repairs, within the share of tokens that the config grants them."""
-    settings, teacher, frozen = session.config.correction, session.teacher, experience.frozen
-    if settings is None or teacher is None or frozen is None or frozen.teacher_logprob is None:
+    settings, teacher = session.config.correction, session.teacher
+    if settings is None or teacher is None:
         return experience
     totals, share = session.totals, settings.token_share
     rolled_out = totals["generated_tokens"] - totals["correction_tokens"]
     rolled_out += sum(trajectory.n_action_tokens for trajectory in experience.trajectories)
     repairs = correct(
-        experience.trajectories, experience.packed, frozen.teacher_logprob, settings,
+        experience.trajectories, experience.packed, experience.frozen.references["teacher"].logprob, settings,
         stream=(session.config.seed, session.step),
         token_budget=share / (1 - share) * rolled_out - totals["correction_tokens"],
         student=session.student_sampler, teacher=teacher.greedy, make=envs.make, chat=session.chat,
@@ -112,32 +125,87 @@ def with_repairs(session: Session, experience: Experience) -> Experience:
 
 
 def _joined(experience: Experience, branches: Experience, repairs: tuple[Repair, ...]) -> Experience:
-    signal, frozen = experience.signal, experience.frozen
-    if signal and branches.signal:
-        signal = HiddenStates(torch.cat([signal.hidden, branches.signal.hidden]), signal.head)
-    if frozen and branches.frozen:
-        frozen = frozen.extended(branches.frozen)
     trajectories = experience.trajectories + branches.trajectories
+    signals = {name: _followed(one, branches.signals[name]) for name, one in experience.signals.items()}
+    taught = {name: torch.cat([one, branches.taught[name]]) for name, one in experience.taught.items()}
+    frozen = experience.frozen.extended(branches.frozen)
     owned = torch.cat([experience.owned, branches.owned])
-    return Experience(trajectories, pack(trajectories), signal, frozen, owned, repairs)
+    return Experience(trajectories, pack(trajectories), signals, taught, frozen, owned, repairs)
 
 
-def credit(
-    components: Mapping[str, Component], experience: Experience
-) -> tuple[dict[str, Tensor], list[list[Credit]]]:
-    """Group-relative advantages per policy component [E], and the credit of every action."""
-    trajectories = experience.trajectories
-    own = {n: load_reward(c.reward, f"loss.components.{n}.reward") for n, c in components.items() if c.reward}
-    rewards = {
-        name: advantages(trajectories, component.normalise, own.get(name))
-        for name, component in components.items()
-        if component.kind == "policy"
-    }
+def _followed(first: TeacherSignal, then: TeacherSignal) -> TeacherSignal:
+    """One signal for the tokens of both."""
+    match first, then:
+        case HiddenStates(), HiddenStates():
+            return HiddenStates(torch.cat([first.hidden, then.hidden]), first.head)
+        case TeacherTopK(), TeacherTopK():
+            pairs = ((first.ids, then.ids), (first.logprobs, then.logprobs), (first.sampled, then.sampled))
+            return TeacherTopK(*(torch.cat(pair) for pair in pairs))
+        case SampledLogprobs(), SampledLogprobs():
+            return SampledLogprobs(torch.cat([first.logprobs, then.logprobs]))
+    raise AlignmentError("A reference gave one kind of signal on rollouts and another on repairs.")
+
+
+@dataclass(frozen=True, slots=True)
+class Assigned:
+    """What the components make of an experience, without gradient: the tokens that each selects (``counted``,
+    bool [N]) and their ``weights`` [N], the advantages of policy components, the credit of every action."""
+
+    counted: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]
+    composed: Mapping[str, Composed]
+    credits: Sequence[Sequence[Credit]]
+
+
+def credit(session: Session, experience: Experience) -> Assigned:
+    """Weights, advantages and credit at this step's coefficients."""
+    components, at = session.config.loss.components, session.at
+    packed, trajectories = experience.packed, experience.trajectories
+    shared = _weight_inputs(session, experience)
+    chosen, weights, composed = {}, {}, dict[str, Composed]()
+    for name, component in components.items():
+        if isinstance(component, Preference):
+            continue
+        base = selected(packed, trajectories, component.select)
+        base = torch.where(_taught(component, experience), base, torch.zeros(()))
+        inputs = of_component(shared, base)
+        chosen[name], weights[name] = base != 0, base * weigh(component.weights, inputs, at)
+        if isinstance(component, Policy):
+            own = {
+                n: load_reward(part.reward, f"loss.components.{name}.rewards.{n}.reward")
+                for n, part in component.rewards.items()
+                if part.reward
+            }
+            composed[name] = compose(component, packed, trajectories, inputs, at, own)
     verdicts = {(r.parent.uid, r.turn): "accepted" if r.accepted else "rejected" for r in experience.repairs}
-    credits = assign_credit(experience.packed, trajectories, experience.frozen, rewards, verdicts)
+    credits = assign_credit(packed, trajectories, experience.frozen, composed, verdicts)
     functions = {
         n: load_credit(c.credit, f"loss.components.{n}.credit") for n, c in components.items() if c.credit
     }
-    if functions:
-        credits = with_factors(experience.packed, trajectories, credits, functions)
-    return rewards, credits
+    credits = with_factors(packed, trajectories, credits, functions)
+    weights |= {name: weights[name] * factors(packed, credits, name) for name in functions}
+    return Assigned(chosen, weights, composed, credits)
+
+
+def _taught(component: Component, experience: Experience) -> Tensor:
+    """Where a divergence's reference had something to say (bool [N])."""
+    everywhere = torch.ones(len(experience.packed.target), dtype=torch.bool)
+    return (
+        experience.taught.get(component.reference, everywhere) if component.kind == "distill" else everywhere
+    )
+
+
+def _weight_inputs(session: Session, experience: Experience) -> WeightInputs:
+    packed, trajectories, frozen = experience.packed, experience.trajectories, experience.frozen
+    names = {group: number for number, group in enumerate(sorted({t.group for t in trajectories if t.group}))}
+    counted = [
+        t.branch is None and not t.demonstration and not t.recorded and t.outcome is not Outcome.ERROR
+        for t in trajectories
+    ]
+    return WeightInputs(
+        packed.target, packed.turn, packed.episode, torch.ones(len(packed.target), dtype=torch.bool),
+        frozen.logprob, frozen.entropy, frozen.references,
+        torch.tensor([names.get(t.group, -1) for t in trajectories]),
+        torch.tensor([t.success for t in trajectories]), torch.tensor(counted),
+        session.chat.end_ids, session.chat.token_id,
+    )  # fmt: skip

@@ -1,12 +1,13 @@
 """The loss as a sum of components with global denominators: what each action token counts, and for what.
 
 ``loss = sum_c coef_c * sum_t w_ct l_ct / denominator_c``. The coefficients are fixed once for an update
-batch; micro-batches then only sum, so any split gives the same gradient.
+batch; micro-batches then only sum, so any split gives the same gradient. So is what looks beyond a token:
+the ratio of a whole turn or episode, and the slopes of a loss on pairs of episodes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,75 +15,176 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opd_agents.batch import MicroBatch, Packed
-from opd_agents.config import Component, Select
+from opd_agents.composition import At, selected
+from opd_agents.config import Component, CrossEntropy, Distill, Entropy, Policy, Preference
 from opd_agents.errors import AlignmentError
-from opd_agents.objectives import Kind, TokenTerms, ppo_surrogate, token_coefficients, token_terms
+from opd_agents.experience import Assigned, Experience
+from opd_agents.frozen import targets
+from opd_agents.objectives import (
+    Measure,
+    TokenTerms,
+    episode_pairs,
+    mismatch_weights,
+    no_ratio,
+    shaped_ratio,
+    surrogate,
+    token_coefficients,
+    token_ratio,
+    token_slopes,
+    token_terms,
+    trrd_ratio,
+    unit_log_ratios,
+    unit_ratio,
+)
 from opd_agents.policies.models import head, hidden_states
-from opd_agents.schedules import value_at
-from opd_agents.teachers import HiddenStates
-from opd_agents.types import Trajectory
+from opd_agents.teachers import TeacherSignal
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyInputs:
+    """Detached, [N]: the composed advantage, the log-probs that the ratio is ``old`` to, those of a reference
+    ``beside`` them in it (trrd), and each token's turn's or episode's mean log-ratio (``unit``)."""
+
+    advantages: Tensor
+    old: Tensor
+    beside: Tensor | None = None
+    unit: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """A loss on pairs of episodes as d loss / d log-prob of every token (``slopes`` [N]), which has its
+    gradient, and ``values`` [N], which add up to it."""
+
+    slopes: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One component in one update: ``coefficients`` [N] are coef * weight / denominator, 0 where it does not
+    look; the others what its kind needs."""
+
+    component: Component
+    coefficients: Tensor
+    measure: Measure | None = None
+    policy: PolicyInputs | None = None
+    pairs: Pairs | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Per component, over the N tokens of the packed table: ``coefficients`` (coef * weight / denominator,
-    0 where the component does not look) and, for policy components, ``advantages``."""
+    """The parts of one update by name, over the N tokens of the packed table."""
 
-    components: Mapping[str, Component]
-    coefficients: Mapping[str, Tensor]
-    advantages: Mapping[str, Tensor]
+    parts: Mapping[str, Part]
 
     @property
     def keep(self) -> Tensor:
         """Tokens that some component needs (bool [N])."""
-        return torch.stack(list(self.coefficients.values())).ne(0).any(0)
+        return torch.stack([part.coefficients for part in self.parts.values()]).ne(0).any(0)
 
 
-def selected(packed: Packed, trajectories: Sequence[Trajectory], select: Select) -> Tensor:
-    """Weight of every action token [N] for one component: the turn's weight where selected, else 0.
-
-    Raises AlignmentError where tokens are to be selected by spans and a turn has none.
-    """
-    weights = []
-    for episode, index in packed.turns:
-        trajectory, turn = trajectories[episode], trajectories[episode].turns[index]
-        chosen = (
-            (select.actor is None or turn.actor is select.actor)
-            and (select.source is None or (select.source == "correction") == (trajectory.branch is not None))
-            and (select.outcome is None or trajectory.outcome is select.outcome)
-        )
-        weights.append(turn.weight if chosen else 0.0)
-    result = torch.tensor(weights)[packed.turn]
-    if select.spans is None:
-        return result
-    if bool((packed.kind < 0).any()):
-        raise AlignmentError(
-            f"select.spans {[kind.value for kind in select.spans]}: some actions were recorded without spans,"
-            " so it is not known which of their tokens these are; roll out with a chat, or leave spans out."
-        )
-    return torch.where(packed.of_kinds(select.spans), result, torch.zeros(()))
+def looks_beyond(component: Component) -> bool:
+    """Whether a component's gradient needs the current log-probs of whole turns or episodes first."""
+    return isinstance(component, Preference) or (
+        isinstance(component, Policy) and component.ratio in ("turn", "sequence")
+    )
 
 
 def plan(
-    packed: Packed,
+    experience: Experience,
     components: Mapping[str, Component],
-    weights: Mapping[str, Tensor],
-    advantages: Mapping[str, Tensor],
+    assigned: Assigned,
     batch: Tensor,
-    progress: float,
+    at: At,
+    temperature: float,
+    current: Tensor,
 ) -> Plan:
-    """Coefficients for one update on the tokens where ``batch`` (bool [N]) holds.
-
-    ``weights`` per component from :func:`selected`; ``advantages`` per policy component and trajectory [E].
-    """
-    coefficients = {}
+    """One update on the tokens where ``batch`` (bool [N]) holds. ``current``: log-probs [N] at the weights
+    that are updated, looked at for components that look beyond a token only."""
+    packed, parts = experience.packed, {}
     for name, component in components.items():
-        here = torch.where(batch, weights[name], torch.zeros(()))
-        share = token_coefficients(
-            here, packed.turn, packed.episode, component.denominator, component.constant
+        if isinstance(component, Preference):
+            parts[name] = _preference(component, experience, batch, at(component.coef), current)
+            continue
+        weights = torch.where(batch, assigned.weights[name], torch.zeros(()))
+        share = at(component.coef) * token_coefficients(
+            weights, assigned.counted[name] & batch, packed.turn, packed.episode,
+            component.denominator, component.constant,
+        )  # fmt: skip
+        if isinstance(component, Policy):
+            advantage = assigned.composed[name].advantage
+            parts[name] = _policy(component, experience, share, advantage, current)
+        elif isinstance(component, Distill):
+            parts[name] = Part(component, share, measure=measure(component, at, temperature))
+        else:
+            parts[name] = Part(component, share)
+    return Plan(parts)
+
+
+def measure(component: Distill, at: At, temperature: float) -> Measure:
+    """The component's measure at this step; temperatures that it does not give are the rollout's."""
+    return Measure(
+        divergence=component.divergence,
+        beta=component.beta or 0.5,
+        alpha=component.alpha or 0.1,
+        geometric=at(component.geometric),
+        clip=component.clip,
+        signal=component.signal,
+        k=component.k,
+        tail=component.tail,
+        renormalise=component.renormalise,
+        estimator=component.estimator,
+        ratio=component.ratio,
+        temperature_student=component.temperature_student or temperature,
+        temperature_teacher=component.temperature_teacher or temperature,
+    )
+
+
+def _policy(
+    component: Policy, experience: Experience, share: Tensor, advantages: Tensor, current: Tensor
+) -> Part:
+    packed, frozen = experience.packed, experience.frozen
+    # A token that was not sampled has no behaviour log-prob: its ratio starts from the student's own.
+    old = torch.where(packed.behaviour.isnan(), frozen.logprob, packed.behaviour)
+    if component.mismatch is not None and component.mismatch_high is not None:
+        share = share * mismatch_weights(
+            frozen.logprob, old, component.mismatch, low=component.mismatch_low, high=component.mismatch_high
         )
-        coefficients[name] = share * value_at(component.coef, progress)
-    return Plan(components, coefficients, {name: value[packed.episode] for name, value in advantages.items()})
+        old = frozen.logprob
+    beside = frozen.references[component.trrd_reference].logprob if component.trrd_reference else None
+    unit = None
+    if looks_beyond(component):
+        units = packed.turn if component.ratio == "turn" else packed.episode
+        unit = unit_log_ratios(current - old, units, share)
+    return Part(component, share, policy=PolicyInputs(advantages, old, beside, unit))
+
+
+def _preference(
+    component: Preference, experience: Experience, batch: Tensor, coef: float, current: Tensor
+) -> Part:
+    """All pairs of a group whose episodes are in the batch; their tokens are those that are selected."""
+    packed, trajectories = experience.packed, experience.trajectories
+    chosen, rejected = (
+        (selected(packed, trajectories, select) != 0) & batch
+        for select in (component.chosen, component.rejected)
+    )
+    if bool((chosen & rejected).any()):
+        raise AlignmentError("`chosen` and `rejected` of a preference select the same tokens.")
+    names = {group: number for number, group in enumerate(sorted({t.group for t in trajectories if t.group}))}
+    groups = torch.tensor([names.get(t.group, -1) for t in trajectories])
+    episodes = [
+        torch.zeros(len(trajectories)).index_add(0, packed.episode, m.float()) for m in (chosen, rejected)
+    ]
+    pairs = episode_pairs(groups, episodes[0] > 0, episodes[1] > 0)
+    anchor = experience.frozen.references[component.reference].logprob if component.reference else None
+    found = token_slopes(
+        component.form, current, chosen | rejected, packed.episode, pairs,
+        beta=component.beta, reference=anchor,
+    )  # fmt: skip
+    active = found.slopes != 0
+    values = active * (found.losses.mean() if pairs else torch.zeros(())) / active.sum().clamp(min=1)
+    return Part(component, active * coef, pairs=Pairs(found.slopes, values))
 
 
 def micro_losses(
@@ -90,54 +192,69 @@ def micro_losses(
     packed: Packed,
     micro: MicroBatch,
     plan: Plan,
-    signal: HiddenStates | None,
+    signals: Mapping[str, TeacherSignal],
     temperature: float,
 ) -> dict[str, Tensor]:
     """Each component's part of the loss in one micro-batch (scalars with gradient)."""
     hidden = hidden_states(student, micro.ids)[micro.row, micro.column]
-    theirs = signal.hidden[micro.tokens].to(hidden.device) if signal else None
-    their_head = signal.head if signal else None
-
-    def scored(kind: Kind | None, beta: float) -> TokenTerms:
-        target = packed.target[micro.tokens].to(hidden.device)
-        terms = token_terms(
-            hidden, head(student), theirs, their_head, target, kind=kind, beta=beta, temperature=temperature
-        )
-        distance = None if terms.divergence is None else terms.divergence.cpu()
-        return TokenTerms(distance, terms.logprob.cpu(), terms.entropy.cpu())  # with the packed table
-
-    kinds = dict.fromkeys((c.divergence, c.beta) for c in plan.components.values() if c.kind == "distill")
-    terms = {kind: scored(*kind) for kind in kinds}
-    shared = next(iter(terms.values())) if terms else scored(None, 0.5)  # the log-probs are the same in all
-    return {
-        name: (
-            plan.coefficients[name][micro.tokens]
-            * _token_loss(name, c, plan, packed, micro, terms.get((c.divergence, c.beta), shared))
-        ).sum()
-        for name, c in plan.components.items()
+    device, tokens = hidden.device, micro.tokens
+    measures = {
+        name: (part.component.reference, part.measure)
+        for name, part in plan.parts.items()
+        if isinstance(part.component, Distill) and part.measure is not None
     }
+    needed = {name: signals[name] for name in {reference for reference, _ in measures.values()}}
+    terms = token_terms(
+        hidden, head(student), packed.target[tokens].to(device), temperature=temperature,
+        targets=targets(needed, tokens, device), measures=measures,
+        behaviour=packed.behaviour[tokens].to(device),
+    )  # fmt: skip
+    distances = {name: value.cpu() for name, value in terms.divergences.items()}  # with the packed table
+    terms = TokenTerms(terms.logprob.cpu(), terms.entropy.cpu(), distances, {})
+    losses = {}
+    for name, part in plan.parts.items():
+        share = part.coefficients[tokens]
+        loss = _token_loss(name, part, packed, micro, terms)
+        losses[name] = (share * torch.where(share != 0, loss, torch.zeros(()))).sum()
+    return losses
 
 
-def _token_loss(
-    name: str, component: Component, plan: Plan, packed: Packed, micro: MicroBatch, terms: TokenTerms
-) -> Tensor:
-    """l_t [n] of one component, finite wherever its coefficient is not 0 and 0 elsewhere."""
-    active = plan.coefficients[name][micro.tokens] != 0
-    # A token that was not sampled has no behaviour log-prob: its ratio is 1.
-    recorded, current = packed.behaviour[micro.tokens], terms.logprob.detach()
-    behaviour = torch.where(active & ~recorded.isnan(), recorded, current)
-    match component.kind:
-        case "ce":
-            loss = -terms.logprob
-        case "policy":
-            loss = ppo_surrogate(
-                terms.logprob, behaviour, plan.advantages[name][micro.tokens],
-                clip_low=component.clip_low, clip_high=component.clip_high,
-            ).loss  # fmt: skip
-        case "distill":
-            if terms.divergence is None:
-                raise AssertionError("a distill component always has its divergence")
-            loss = terms.divergence
-            if component.ratio_clip is not None:
-                loss = loss * (current - behaviour).exp().clamp(max=component.ratio_clip)
-    return torch.where(active, loss, torch.zeros(()))
+def _token_loss(name: str, part: Part, packed: Packed, micro: MicroBatch, terms: TokenTerms) -> Tensor:
+    """l_t [n] of one component."""
+    component, tokens = part.component, micro.tokens
+    match component:
+        case CrossEntropy():
+            return -terms.logprob
+        case Entropy():
+            return -terms.entropy
+        case Distill():
+            loss = terms.divergences[name]
+            if component.ratio_clip is None:
+                return loss
+            current, recorded = terms.logprob.detach(), packed.behaviour[tokens]
+            ratio = (current - torch.where(recorded.isnan(), current, recorded)).exp()
+            return loss * ratio.clamp(max=component.ratio_clip)
+        case Policy() if part.policy is not None:
+            advantages = torch.where(part.coefficients[tokens] != 0, part.policy.advantages[tokens], 0.0)
+            ratio = _ratio(component, part.policy, tokens, terms.logprob)
+            return surrogate(
+                ratio, advantages, clip_low=component.clip_low, clip_high=component.clip_high
+            ).loss
+        case Preference() if part.pairs is not None:
+            moved = terms.logprob - terms.logprob.detach()
+            return part.pairs.slopes[tokens] * moved + part.pairs.values[tokens]
+    raise AssertionError(f"{name}: a part without the inputs of its kind")
+
+
+def _ratio(component: Policy, inputs: PolicyInputs, tokens: Tensor, logprob: Tensor) -> Tensor:
+    old = inputs.old[tokens]
+    match component.ratio:
+        case "turn" | "sequence" if inputs.unit is not None:
+            return unit_ratio(logprob, inputs.unit[tokens])
+        case "trrd" if inputs.beside is not None and component.trrd_alpha is not None:
+            return trrd_ratio(logprob, old, inputs.beside[tokens], component.trrd_alpha)
+        case "shaped" if component.shaping is not None:
+            return shaped_ratio(logprob, component.shaping)
+        case "none":
+            return no_ratio(logprob)
+    return token_ratio(logprob, old)

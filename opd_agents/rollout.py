@@ -8,6 +8,7 @@ All episodes of a call advance turn by turn in lock-step: one ``policy.act`` for
 from __future__ import annotations
 
 import dataclasses
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -36,6 +37,7 @@ class Episode:
     env_kwargs: Mapping[str, Any] = field(default_factory=dict)
     group: str = ""
     start: Start | None = None
+    demonstration: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +56,24 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Budgets; ``max_turns`` and ``step_timeout`` (seconds) of None leave it to the environment."""
+    """Budgets; ``max_turns`` and ``step_timeout`` (seconds) of None leave it to the environment.
+
+    ``max_action_tokens`` bounds the ids of all of an episode's actions together, those that a branch inherits
+    and those that a rule put there included. An action that is written token by token is cut there; one that
+    comes whole, as the expert's do, may exceed it and is then the last.
+    """
 
     max_tokens_per_turn: int = 256
     max_context_tokens: int = 8192
     max_turns: int | None = None
     step_timeout: float | None = None
     max_observation_tokens: int = 2048
+    max_action_tokens: int | None = None
+
+    def action_room(self, turns: Sequence[Turn]) -> int:
+        """Tokens that the actions after ``turns`` may still have."""
+        most = self.max_action_tokens
+        return sys.maxsize if most is None else most - sum(len(turn.action_ids) for turn in turns)
 
 
 class _Worker:
@@ -158,12 +171,12 @@ class _Live:
         self.messages += [said, *turn.messages]
 
     def history(self) -> History:
-        room = self.limits.max_context_tokens - len(self.ids)
-        messages = (*self.opening, *(Message("tool", turn.observation) for turn in self.turns))
-        return History(
-            self.episode.uid, self.episode.stream, self.ids, messages,
-            min(self.limits.max_tokens_per_turn, room), self.env,
+        most = min(
+            self.limits.max_tokens_per_turn, self.limits.max_context_tokens - len(self.ids),
+            self.limits.action_room(self.turns),
         )  # fmt: skip
+        messages = (*self.opening, *(Message("tool", turn.observation) for turn in self.turns))
+        return History(self.episode.uid, self.episode.stream, self.ids, messages, most, self.env)
 
     def over_budget(self) -> bool:
         """End the episode as unfinished when no room is left for another action."""
@@ -174,17 +187,19 @@ class _Live:
                 self.error = f"the first prompt has {len(self.ids)} tokens, max_context_tokens is {most}"
         elif self.limits.max_turns is not None and len(self.turns) >= self.limits.max_turns:
             self.outcome, self.exhausted = Outcome.UNFINISHED, "turns"
+        elif self.limits.action_room(self.turns) <= 0:
+            self.outcome, self.exhausted = Outcome.UNFINISHED, "actions"
         return self.outcome is not None
 
     def step(self, action: Action) -> None:
         self._guard(lambda: self._step(action))
 
     def _step(self, action: Action) -> None:
-        if (
-            action.stop_reason is StopReason.LENGTH
-            and len(self.ids) + len(action.ids) >= self.limits.max_context_tokens
-        ):
-            action = dataclasses.replace(action, stop_reason=StopReason.CONTEXT)
+        if action.stop_reason is StopReason.LENGTH:
+            if len(self.ids) + len(action.ids) >= self.limits.max_context_tokens:
+                action = dataclasses.replace(action, stop_reason=StopReason.CONTEXT)
+            elif len(action.ids) >= self.limits.action_room(self.turns):
+                action = dataclasses.replace(action, stop_reason=StopReason.ACTIONS)
         after = self.turns[-1].messages[-1:] if self.turns else ()
         turn, success = execute(
             self.env, self.chat, action, self.context, starts_segment=self.starts_segment,
@@ -195,6 +210,8 @@ class _Live:
         if turn.terminated or turn.truncated:
             self.outcome = _outcome(turn, success)
             self.exhausted = "turns" if self.outcome is Outcome.UNFINISHED else None
+            if turn.stop_reason is StopReason.ACTIONS and self.outcome is not Outcome.SUCCESS:
+                self.outcome, self.exhausted = Outcome.UNFINISHED, "actions"  # the environment judged a piece
         elif self.chat:
             self._answered(turn, self.chat)
 
@@ -232,7 +249,7 @@ class _Live:
             task=episode.task, turns=tuple(self.turns), outcome=self.outcome or Outcome.UNFINISHED,
             reward=sum(turn.reward for turn in self.turns), group=episode.group, temperature=temperature,
             messages=self.opening, branch=episode.start.branch if episode.start else None, error=self.error,
-            final_digest=self.digest, exhausted=self.exhausted,
+            final_digest=self.digest, exhausted=self.exhausted, demonstration=episode.demonstration,
         )  # fmt: skip
 
     def _read_digest(self) -> None:

@@ -174,6 +174,14 @@ def latest_checkpoint(path: Path) -> Path:
     return found[-1]
 
 
+def newest_checkpoint(path: str) -> str:
+    """Of a run folder its newest checkpoint; a checkpoint, or the id of a model on the hub, as it is."""
+    local = Path(path)
+    beside_others = len(local.parts) > 1 and local.parent.is_dir()  # runs/techer is a slip, not an id
+    may_be_id = path.count("/") < 2 and not path.startswith((".", "/")) and not beside_others
+    return path if may_be_id and not local.exists() else str(latest_checkpoint(local))
+
+
 def best_checkpoint(path: Path) -> Path:
     """The weights of a run folder (of its last stage that has them) with the best evaluation. Raises
     CheckpointError."""

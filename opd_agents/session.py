@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from opd_agents import envs
+from opd_agents.batch import Packed
 from opd_agents.chat import Chat, build_word_tokenizer
-from opd_agents.config import ChatSettings, EnvironmentSource, Recorded, RunConfig, Student
+from opd_agents.config import (
+    ChatSettings,
+    EnvironmentSource,
+    Recorded,
+    RunConfig,
+    SignedScheduled,
+    Student,
+)
 from opd_agents.distributed import ALONE, World
 from opd_agents.errors import CheckpointError, ConfigError, RunFolderError
 from opd_agents.evaluation import load_suite
@@ -22,6 +32,7 @@ from opd_agents.optimizers import ModelOptimizer
 from opd_agents.plugins import load_object
 from opd_agents.policies import ExpertPolicy, MixturePolicy, Policy
 from opd_agents.policies.adapters import adapter_base, add_adapter, train_adapter
+from opd_agents.policies.mixture import TokenMixture
 from opd_agents.policies.models import (
     build_model,
     check_projection,
@@ -35,18 +46,19 @@ from opd_agents.policies.models import (
 from opd_agents.policies.recomputation import prepare_recomputation
 from opd_agents.policies.sampler import TransformersSampler
 from opd_agents.recordings import Recordings, read_conversations, refuse_bad, texts
+from opd_agents.references import References, check_references
 from opd_agents.rollout import Episode, Limits, check_conversation, rollout
 from opd_agents.rows import read_rows
-from opd_agents.runs import RunFolder, checkpoints_in, latest_checkpoint
-from opd_agents.schedules import value_at
-from opd_agents.sharding import Trained, shard, whole_state
-from opd_agents.tasks import draw_episodes, split_sizes
-from opd_agents.teachers import Teacher
-from opd_agents.teachers.local import LocalTeacher, SelfTeacher
-from opd_agents.teachers.plug_in import make_teacher, teacher_class
-from opd_agents.types import Actor, SpanKind, to_json
+from opd_agents.runs import RunFolder, checkpoints_in, newest_checkpoint
+from opd_agents.schedules import Clock, adapt, adaptive_schedules, value_at
+from opd_agents.sharding import Trained, shard, trained_weights, whole_state
+from opd_agents.tasks import check_experts, draw_episodes, split_sizes
+from opd_agents.teachers import Teacher, TeacherSignal
+from opd_agents.teachers.local import ModelTeacher
+from opd_agents.types import Actor, SpanKind, Trajectory, to_json
 
 TOTALS = ("generated_tokens", "correction_tokens", "teacher_tokens", "flops", "seconds")
+EVALUATION_METRICS = ("eval/success", "eval/success_low", "eval/success_high", "eval/success_greedy")
 TOKENIZER_EPISODES = 500  # expert episodes that a fresh tokenizer's vocabulary is read from
 
 
@@ -57,7 +69,7 @@ class Session:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     chat: Chat
-    teacher: Teacher | None
+    references: References
     task_counts: list[int]
     optimizer: ModelOptimizer
     student_sampler: TransformersSampler
@@ -69,27 +81,58 @@ class Session:
     totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TOTALS, 0))
     evaluation_at_start: dict[str, Any] | None = None
     evaluation: dict[str, Any] | None = None  # the newest
+    adapted: dict[str, float] = field(default_factory=dict)  # see Clock
 
     def __post_init__(self) -> None:
-        rollout = self.config.rollout
-        self.limits = Limits(
-            rollout.max_tokens_per_turn, rollout.max_context_tokens, rollout.max_turns, rollout.step_timeout,
-            rollout.max_observation_tokens,
-        )  # fmt: skip
-        self.behaviour = self._behaviour()
-        self.needs_signal = needs_signal(self.config)
+        self.behaviour, self.demonstrator = self._policies()
+        self._adaptive = adaptive_schedules(self.config)
         self._counted = {"teacher_tokens": 0, "flops": 0}  # of the counters below, in the totals already
 
-    def _behaviour(self) -> Policy:
-        policies: dict[str, Policy] = {"student": self.student_sampler, "expert": ExpertPolicy()}
+    def _policies(self) -> tuple[Policy, Policy]:
+        """Who acts for ``rollout.source``, and who for ``rollout.demonstrations``."""
+        rollout, student = self.config.rollout, self.student_sampler
+        policies: dict[str, Policy] = {"student": student, "expert": ExpertPolicy()}
         if self.teacher is not None:
             policies["teacher"] = self.teacher
-        source = self.config.rollout.source
-        if isinstance(source, str):
-            return policies[source]
+        if rollout.teacher_share:
+            policies["student"] = self._helped(rollout.teacher_share)
+        demonstrator = policies[rollout.demonstrations.actor if rollout.demonstrations else "expert"]
+        source = rollout.source
         if isinstance(source, Recorded):
-            return self.student_sampler
-        return MixturePolicy({name: (policies[name], share) for name, share in source.items()})
+            return student, demonstrator
+        if isinstance(source, str):
+            return policies[source], demonstrator
+        shares = {name: (policies[name], share) for name, share in source.items()}
+        return MixturePolicy(shares), demonstrator
+
+    def _helped(self, share: float) -> Policy:
+        if not isinstance(self.teacher, ModelTeacher):
+            raise ConfigError(
+                "rollout.teacher_share reads the teacher's distribution of every token as it is written: it"
+                " needs a teacher of kind local or self, or one derived from ModelTeacher."
+            )
+        return TokenMixture(self.student_sampler, self.teacher.sampler, share)
+
+    @property
+    def limits(self) -> Limits:
+        """Of this step's episodes."""
+        rollout, most = self.config.rollout, self.config.rollout.max_action_tokens
+        return Limits(
+            rollout.max_tokens_per_turn, rollout.max_context_tokens, rollout.max_turns, rollout.step_timeout,
+            rollout.max_observation_tokens, None if most is None else int(value_at(most, self.clock)),
+        )  # fmt: skip
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The one that acts, with its context where it has one; the loss may compare with it, too."""
+        return self.references.teachers.get("teacher")
+
+    def score(
+        self, packed: Packed, trajectories: Sequence[Trajectory], owned: Tensor
+    ) -> tuple[dict[str, TeacherSignal], dict[str, Tensor]]:
+        """What the references say of finished trajectories; see :meth:`References.score`."""
+        tokens = self.config.trainer.micro_batch_tokens
+        return self.references.score(packed, trajectories, owned, tokens)
 
     @property
     def progress(self) -> float:
@@ -99,36 +142,50 @@ class Session:
         return max(self.step / trainer.steps, by_flops)
 
     @property
+    def clock(self) -> Clock:
+        return Clock(self.progress, self.adapted)
+
+    def at(self, schedule: SignedScheduled) -> float:
+        """A coefficient's value at this step."""
+        return value_at(schedule, self.clock)
+
+    @property
     def learning_rate(self) -> float:
         trainer = self.config.trainer
         warmup = min(1.0, (self.step + 1) / (trainer.warmup_steps + 1))
-        return warmup * value_at(trainer.learning_rate, self.progress)
+        return warmup * value_at(trainer.learning_rate, self.clock)
 
     def optimizer_step(self) -> None:
         self.optimizer.step(self.learning_rate)
         self.updates += 1
+        self.references.after_update(partial(trained_weights, self.model, self.trained))
 
     def advance(self, generated_tokens: int, correction_tokens: int) -> None:
         """To the next step, with a new policy version; adds the step's tokens and FLOPs to the totals (those
         of scoring and updates were added where they were spent)."""
         self.step += 1
         self.student_sampler.reset(self.step)
+        self.references.after_step(self.model, self.step)
         self.totals["generated_tokens"] += generated_tokens + correction_tokens
         self.totals["correction_tokens"] += correction_tokens
-        counted = {"teacher_tokens": 0, "flops": self.student_sampler.flops}
-        if self.teacher is not None:
-            counted = {"teacher_tokens": self.teacher.tokens, "flops": counted["flops"] + self.teacher.flops}
+        flops = self.student_sampler.flops + self.references.flops
+        counted = {"teacher_tokens": self.references.tokens, "flops": flops}
         for key, value in counted.items():
             self.totals[key] += self.world.total(value - self._counted[key])
         self._counted = counted
 
+    def adapt(self, row: Mapping[str, Any]) -> None:
+        """Let the adaptive schedules follow the metrics of the step that was made; the same on every rank,
+        also where the metrics are not, as a rank's seconds."""
+        if self._adaptive:
+            later = EVALUATION_METRICS if self.config.evaluation else ()
+            self.adapted = self.world.from_main(lambda: adapt(self._adaptive, self.adapted, row, later))
+
     def evaluation_row(self) -> dict[str, float]:
         result = self.evaluation or {}
         low, high = result["interval"]
-        return {
-            "eval/success": result["success"], "eval/success_low": low, "eval/success_high": high,
-            "eval/success_greedy": result["success_greedy"],
-        }  # fmt: skip
+        values = (result["success"], low, high, result["success_greedy"])
+        return dict(zip(EVALUATION_METRICS, values, strict=True))
 
     def save_weights(self, folder: Path) -> None:
         """A Hugging Face checkpoint with the chat that it speaks."""
@@ -150,9 +207,10 @@ class Session:
         self.save_weights(folder)
         with (folder / "optimizer.pt").open("wb") as file:  # a file, so that a full disk is told as one
             torch.save(optimizer_state, file)
+        self.references.save(folder)
         counts = {"step": self.step, "updates": self.updates, "totals": self.totals}
         state = counts | {"evaluation_at_start": self.evaluation_at_start, "evaluation": self.evaluation}
-        state |= {"data_sizes": self.data_sizes}
+        state |= {"data_sizes": self.data_sizes, "adapted": self.adapted}
         (folder / "trainer.json").write_text(json.dumps(state), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
@@ -160,6 +218,7 @@ class Session:
         try:
             state = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
             optimizer_state = torch.load(folder / "optimizer.pt", map_location="cpu")
+            self.references.load(folder)
         except Exception as error:  # of torch, pickle and json: whatever a broken file makes them raise
             raise CheckpointError(
                 f"{folder} is not whole ({type(error).__name__}), so the run cannot go on from it. Remove it "
@@ -172,20 +231,16 @@ class Session:
             )
         self.step, self.updates, self.totals = state["step"], state["updates"], state["totals"]
         self.evaluation_at_start, self.evaluation = state["evaluation_at_start"], state["evaluation"]
+        self.adapted = state["adapted"]
         self.student_sampler.policy_version = self.step
         self.optimizer.load_state_dict(optimizer_state)
-
-
-def needs_signal(config: RunConfig) -> bool:
-    """Whether the teacher scores the trajectories, or at most acts."""
-    distils = any(component.kind == "distill" for component in config.loss.components.values())
-    return distils or config.correction is not None
 
 
 def check_inputs(config: RunConfig) -> None:
     """Raise UserError for what a stage names and does not exist, before a folder is made or a step taken."""
     _check_plugins(config)
     split_sizes(config.environments)
+    check_experts(config)
     if isinstance(source := config.rollout.source, Recorded):
         rows = read_rows(source.dataset, source.split)
         refuse_bad(read_conversations(rows), len(rows))
@@ -199,29 +254,21 @@ def check_inputs(config: RunConfig) -> None:
                 f"{suite.name} plays with {most} tokens per action; raise limits.max_tokens_per_turn in a "
                 "suite file."
             )
-    student, teacher = config.student, config.teacher
-    paths = [teacher.model if teacher and teacher.kind == "local" else None]
-    if not checkpoints_in(config.folder):
-        paths.append(student.build.tokenizer if student.build else student.model)
-    for path in filter(None, paths):
+    check_references(config)
+    student = config.student
+    path = student.build.tokenizer if student.build else student.model
+    if path and not checkpoints_in(config.folder):
         load_tokenizer(newest_checkpoint(path))
 
 
 def _check_plugins(config: RunConfig) -> None:
     for name, component in config.loss.components.items():
-        for key, reference in (("reward", component.reward), ("credit", component.credit)):
+        named = {"credit": component.credit}
+        if component.kind == "policy":
+            named |= {f"rewards.{part}.reward": own.reward for part, own in component.rewards.items()}
+        for key, reference in named.items():
             if reference is not None:
                 load_object(reference, f"loss.components.{name}.{key}")
-    if config.teacher and config.teacher.kind not in ("local", "self"):
-        teacher_class(config.teacher, needs_signal=needs_signal(config))
-
-
-def newest_checkpoint(path: str) -> str:
-    """Of a run folder its newest checkpoint; a checkpoint, or the id of a model on the hub, as it is."""
-    local = Path(path)
-    beside_others = len(local.parts) > 1 and local.parent.is_dir()  # runs/techer is a slip, not an id
-    may_be_id = path.count("/") < 2 and not path.startswith((".", "/")) and not beside_others
-    return path if may_be_id and not local.exists() else str(latest_checkpoint(local))
 
 
 def load_session(config: RunConfig, folder: RunFolder, world: World = ALONE) -> Session:
@@ -232,12 +279,12 @@ def load_session(config: RunConfig, folder: RunFolder, world: World = ALONE) -> 
     _check_spans(config, chat)
     if config.trainer.gradient_checkpointing:
         prepare_recomputation(model)
-    teacher = _teacher(config, model, chat)
+    references = References(config, model, chat)
     source = config.rollout.source
     recordings = Recordings(config, source, chat) if isinstance(source, Recorded) else None
     trained = shard(model, world)
     session = Session(
-        config, folder, model, tokenizer, chat, teacher, split_sizes(config.environments),
+        config, folder, model, tokenizer, chat, references, split_sizes(config.environments),
         ModelOptimizer(trained.model, config.trainer.optimizer, config.trainer.weight_decay),
         TransformersSampler(
             model, chat.end_ids, actor=Actor.STUDENT, temperature=config.rollout.temperature,
@@ -258,6 +305,7 @@ def _check_conversations(session: Session) -> None:
         first.setdefault(to_json([episode.env_id, episode.env_kwargs]), episode)
     for episode in first.values():
         check_conversation(episode, make=envs.make, chat=session.chat, limits=session.limits)
+    session.references.check(first.values())
 
 
 def _check_spans(config: RunConfig, chat: Chat) -> None:
@@ -267,20 +315,6 @@ def _check_spans(config: RunConfig, chat: Chat) -> None:
                 f"loss.components.{name}.select.spans: think alone, but the chat template marks no thought,"
                 " so that the component would see nothing; leave it out."
             )
-
-
-def _teacher(config: RunConfig, student: PreTrainedModel, chat: Chat) -> Teacher | None:
-    teacher, temperature = config.teacher, config.rollout.temperature
-    if teacher is None:
-        return None
-    if teacher.kind == "self":
-        return SelfTeacher(student, chat, temperature=temperature)
-    if teacher.kind == "local":
-        path = newest_checkpoint(str(teacher.model))
-        return LocalTeacher(path, chat, dtype=teacher.dtype, temperature=temperature)
-    own = teacher.model  # not always a checkpoint: what it is, its class knows
-    own = newest_checkpoint(own) if own and Path(own).exists() else own
-    return make_teacher(teacher, own, chat, temperature=temperature, needs_signal=needs_signal(config))
 
 
 def _student(

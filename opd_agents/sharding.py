@@ -141,6 +141,14 @@ def updating(model: PreTrainedModel, trained: Trained) -> Iterator[None]:
         parameter.data = whole(divided.detach())
 
 
+def trained_weights(model: PreTrainedModel, trained: Trained) -> Iterator[tuple[str, Tensor]]:
+    """The weights that updates change, whole and as they are now, by their names in ``model``; every rank
+    must ask for all of them."""
+    for (name, parameter), divided in zip(model.named_parameters(), trained.parameters(), strict=True):
+        if parameter.requires_grad:
+            yield name, whole(divided.detach())
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor of which each rank may hold a part; every rank must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from opd_agents.correction import Repair
 from opd_agents.evaluation.metrics import invalid_calls
-from opd_agents.experience import Experience
+from opd_agents.experience import Assigned, Experience
 from opd_agents.runs import trajectory_row
 from opd_agents.session import Session
 from opd_agents.types import Actor, Credit, Outcome, SpanKind, StopReason, Trajectory
@@ -20,17 +20,17 @@ from opd_agents.types import Actor, Credit, Outcome, SpanKind, StopReason, Traje
 def step_metrics(
     session: Session,
     experience: Experience,
-    rewards: Mapping[str, Tensor],
+    assigned: Assigned,
     losses: Mapping[str, float],
     before: Mapping[str, float],
     seconds: float,
 ) -> dict[str, Any]:
     """Means are per episode; ``distill/kl`` is the mean KL(student || teacher) in nats per student token,
     ``distill/kl_think`` (call, text, special) that per token of one kind of span, ``recorded/kl`` that per
-    recorded token. ``rollout/think_tokens`` and the like count what models wrote in this step's episodes,
-    ``rollout/forced_tokens`` what a thinking budget put there beside it."""
-    trajectories, rolled = experience.trajectories, experience.rollouts
-    frozen, repairs = experience.frozen, experience.repairs
+    recorded token; of a teacher that tells log-probs only, ``distill/log_ratio`` is the mean log q - log p of
+    the student's tokens, which estimates it. ``rollout/think_tokens`` and the like count what models wrote in
+    this step's episodes, ``rollout/forced_tokens`` what a thinking budget put there beside it."""
+    rolled, frozen, repairs = experience.rollouts, experience.frozen, experience.repairs
     generated = session.totals["generated_tokens"] - before["generated_tokens"]
     row: dict[str, Any] = {
         "step": session.step,
@@ -42,17 +42,16 @@ def step_metrics(
         **_recorded(session, experience),
         **losses,
     }
-    if frozen is not None and frozen.kl is not None:
-        row["distill/kl"] = _mean_kl(experience, frozen.kl, Actor.STUDENT)
-        by_kind = {kind: _mean_kl(experience, frozen.kl, Actor.STUDENT, kind) for kind in SpanKind}
+    taught = frozen.references.get("teacher")
+    if taught is not None and taught.kl is not None:
+        row["distill/kl"] = _mean(experience, taught.kl, Actor.STUDENT)
+        by_kind = {kind: _mean(experience, taught.kl, Actor.STUDENT, kind) for kind in SpanKind}
         row |= {f"distill/kl_{kind}": value for kind, value in by_kind.items() if value is not None}
         if session.recordings is not None:
-            row["recorded/kl"] = _mean_kl(experience, frozen.kl, Actor.CORPUS)
-    for values in rewards.values():
-        groups = {t.group: False for t in rolled}
-        for trajectory, advantage in zip(trajectories, values.tolist(), strict=True):
-            groups[trajectory.group] = groups.get(trajectory.group, False) or advantage != 0
-        row |= {"groups/total": len({t.group for t in rolled}), "groups/nonzero": sum(groups.values())}
+            row["recorded/kl"] = _mean(experience, taught.kl, Actor.CORPUS)
+    elif taught is not None:
+        row["distill/log_ratio"] = _mean(experience, frozen.logprob - taught.logprob, Actor.STUDENT)
+    row |= _advantages(experience, assigned)
     if session.config.correction is not None:
         row |= {
             "correction/proposed": len(repairs),
@@ -70,6 +69,27 @@ def step_metrics(
     }
 
 
+def _advantages(experience: Experience, assigned: Assigned) -> dict[str, float | int]:
+    """Root mean square of each part of an advantage over the tokens that its component selects; groups whose
+    episodes a reward tells apart."""
+    rows: dict[str, float | int] = {}
+    for name, composed in assigned.composed.items():
+        chosen = assigned.counted[name]
+        for part, values in composed.parts.items():
+            rows[f"advantage/{name}.{part}"] = (
+                float(values[chosen].square().mean().sqrt()) if bool(chosen.any()) else 0.0
+            )
+        for values in composed.rewards.values():
+            told = {
+                t.group
+                for t, a in zip(experience.trajectories, values.tolist(), strict=True)
+                if t.group and a
+            }
+            total = len({t.group for t in experience.rollouts if t.group})
+            rows |= {"groups/total": total, "groups/nonzero": len(told)}
+    return rows
+
+
 def _span_tokens(rolled: Sequence[Trajectory]) -> dict[str, int]:
     """Sampled and forced tokens of each kind of span that occurs."""
     counts: Counter[SpanKind] = Counter()
@@ -79,13 +99,13 @@ def _span_tokens(rolled: Sequence[Trajectory]) -> dict[str, int]:
     return {f"rollout/{kind}_tokens": counts[kind] for kind in SpanKind if counts[kind]}
 
 
-def _mean_kl(experience: Experience, kl: Tensor, actor: Actor, kind: SpanKind | None = None) -> float | None:
+def _mean(experience: Experience, values: Tensor, actor: Actor, kind: SpanKind | None = None) -> float | None:
     """Per token of one actor, and of one kind of span."""
     packed, trajectories = experience.packed, experience.trajectories
     mine = torch.tensor([trajectories[e].turns[t].actor is actor for e, t in packed.turns])[packed.turn]
     if kind is not None:
         mine = mine & packed.of_kinds([kind])
-    return float(kl[mine].mean()) if bool(mine.any()) else None
+    return float(values[mine].mean()) if bool(mine.any()) else None
 
 
 def _episode_means(rolled: Sequence[Trajectory]) -> dict[str, float]:

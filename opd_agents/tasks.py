@@ -1,8 +1,13 @@
-"""Which episodes a training step rolls out: drawn from (seed, step) alone, so a resume draws the same."""
+"""Which episodes a training step rolls out: drawn from (seed, step) alone, so a resume draws the same.
+
+Their uids and the numbers of their noise and draws: the step's groups, then demonstrations; a redrawn group
+has those of the group whose place it takes, marked with the attempt.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -15,6 +20,8 @@ from opd_agents.rollout import Episode
 from opd_agents.schedules import dealt
 from opd_agents.types import Task
 
+ATTEMPT = 2**40  # stream numbers of one draw of a step's groups; each redraw has the next so many
+
 
 def draw_episodes(config: RunConfig, step: int, sizes: Sequence[int]) -> list[Episode]:
     """The step's episodes, in groups of ``rollout.group_size``; ``sizes``: tasks per environment.
@@ -24,39 +31,97 @@ def draw_episodes(config: RunConfig, step: int, sizes: Sequence[int]) -> list[Ep
     are visited once an epoch, in a new order each time, and so are those of a ``limit``, where an episode's
     noise is the task's: a fixed data set.
     """
-    rollout, sources = config.rollout, config.environments
-    if not sources:  # all experience is recorded
+    if not config.environments:  # all experience is recorded
         return []
-    groups = np.flatnonzero(student_groups(config, step)).tolist()
-    before, weights = student_groups_before(config, step), [source.weight for source in sources]
-    visits, after = dealt(before, weights), dealt(before + len(groups), weights)
-    random = np.random.Generator(np.random.Philox(key=[config.seed, step], counter=[0, 0, 0, 2**63]))
-    chosen = np.repeat(np.arange(len(sources)), np.subtract(after, visits))
-    chosen = chosen[random.random(len(groups)).argsort()]
+    groups, chosen, visits, random = _sources(config, step)
     drawn = random.integers(np.array(sizes)[chosen])
     episodes = []
     for group, which, index in zip(groups, chosen.tolist(), drawn.tolist(), strict=True):
-        source, fresh = sources[which], list[int]()
+        source, fresh = config.environments[which], list[int]()
         if source.limit or "tasks" in source.options:
             epoch, place = divmod(visits[which], sizes[which])
             index = int(_order(config.seed, which, sizes[which], epoch)[place])
             fresh = [] if source.limit else [epoch]
         visits[which] += 1
-        for sample in range(rollout.group_size):
-            noise = np.random.SeedSequence([config.seed, which, index, sample, *fresh]).generate_state(1)[0]
-            number = group * rollout.group_size + sample
-            episodes.append(
-                Episode(
-                    uid=f"{step:06d}-{number:04d}",
-                    env_id=source.id,
-                    env_kwargs=source.options,
-                    seed=int(noise),
-                    task=Task(str(index), source.split),
-                    stream=(config.seed, step, number),
-                    group=f"{step:06d}-g{group:04d}" if rollout.group_size > 1 else "",
-                )
-            )
+        episodes += _group(config, step, group, which, index, fresh)
     return episodes
+
+
+def redraw_episodes(
+    config: RunConfig, step: int, sizes: Sequence[int], places: Sequence[int], attempt: int
+) -> list[Episode]:
+    """Fresh groups for those in ``places`` of the step's that are played, the ``attempt``-th time (1, ...).
+
+    Each has a task of the same environment, drawn uniformly from (seed, step, attempt, place) alone. It is an
+    extra visit: the epochs over task files and limits go on as if nothing had been redrawn.
+    """
+    groups, chosen, _, _ = _sources(config, step)
+    random = np.random.Generator(np.random.Philox(key=[config.seed, step], counter=[0, attempt, 4, 2**63]))
+    drawn = random.integers(np.array(sizes)[chosen])
+    episodes = []
+    for place in places:
+        which, index = int(chosen[place]), int(drawn[place])
+        fresh = [] if config.environments[which].limit else [step, attempt]
+        episodes += _group(config, step, groups[place], which, index, fresh, attempt)
+    return episodes
+
+
+def draw_demonstrations(config: RunConfig, step: int, first: Sequence[Episode]) -> list[Episode]:
+    """``rollout.demonstrations.per_group`` further episodes for each group, of which the ``first`` episodes
+    are given: of its task and name, with noise, draws and uids of their own."""
+    rollout, extra = config.rollout, config.rollout.demonstrations
+    episodes: list[Episode] = []
+    if extra is None:
+        return episodes
+    for one in first:
+        attempt, number = divmod(one.stream[2], ATTEMPT)
+        for sample in range(extra.per_group):
+            place = rollout.episodes_per_step + number // rollout.group_size * extra.per_group + sample
+            noise = np.random.SeedSequence([one.seed, 1 + sample]).generate_state(1)[0]
+            uid, stream = _name(step, f"{place:04d}", attempt), (config.seed, step, attempt * ATTEMPT + place)
+            episodes.append(replace(one, uid=uid, seed=int(noise), stream=stream, demonstration=True))
+    return episodes
+
+
+def _sources(config: RunConfig, step: int) -> tuple[list[int], np.ndarray, list[int], np.random.Generator]:
+    """The numbers of the step's groups that are played, the environment of each, how many groups each
+    environment has had before, and the generator of the step's further draws."""
+    groups = np.flatnonzero(student_groups(config, step)).tolist()
+    before = student_groups_before(config, step)
+    weights = [source.weight for source in config.environments]
+    visits, after = dealt(before, weights), dealt(before + len(groups), weights)
+    random = np.random.Generator(np.random.Philox(key=[config.seed, step], counter=[0, 0, 0, 2**63]))
+    chosen = np.repeat(np.arange(len(weights)), np.subtract(after, visits))
+    return groups, chosen[random.random(len(groups)).argsort()], visits, random
+
+
+def _group(
+    config: RunConfig, step: int, group: int, which: int, index: int, fresh: Sequence[int], attempt: int = 0
+) -> list[Episode]:
+    """The episodes of one group: task ``index`` of environment ``which``, with noise that is ``fresh``."""
+    rollout, source = config.rollout, config.environments[which]
+    named = rollout.group_size > 1 or rollout.demonstrations is not None
+    episodes = []
+    for sample in range(rollout.group_size):
+        noise = np.random.SeedSequence([config.seed, which, index, sample, *fresh]).generate_state(1)[0]
+        number = group * rollout.group_size + sample
+        episodes.append(
+            Episode(
+                uid=_name(step, f"{number:04d}", attempt),
+                env_id=source.id,
+                env_kwargs=source.options,
+                seed=int(noise),
+                task=Task(str(index), source.split),
+                stream=(config.seed, step, attempt * ATTEMPT + number),
+                group=_name(step, f"g{group:04d}", attempt) if named else "",
+            )
+        )
+    return episodes
+
+
+def _name(step: int, number: str, attempt: int) -> str:
+    """Of an episode or a group; sorted, they stand in the order of their numbers."""
+    return f"{step:06d}-{number}" + (f"-r{attempt}" if attempt else "")
 
 
 def split_sizes(sources: Sequence[EnvironmentSource]) -> list[int]:
@@ -75,6 +140,24 @@ def split_sizes(sources: Sequence[EnvironmentSource]) -> list[int]:
             )
         sizes.append(source.limit or size)
     return sizes
+
+
+def check_experts(config: RunConfig) -> None:
+    """Raises ConfigError where the scripted expert is to act in an environment that has none."""
+    extra = config.rollout.demonstrations
+    if "expert" not in config.rollout.actors and (extra is None or extra.actor != "expert"):
+        return
+    for source in config.environments:
+        env = envs.make(source.id, **source.options)
+        try:
+            has_expert = env.has_expert
+        finally:
+            env.close()
+        if not has_expert:
+            raise ConfigError(
+                f"{source.id} has no scripted expert, which rollout.source or rollout.demonstrations asks for."
+                " Let the teacher act, or take another environment."
+            )
 
 
 @lru_cache(maxsize=64)

@@ -16,8 +16,7 @@ from opd_agents.messages import to_row
 from opd_agents.policies.models import load_chat, load_tokenizer
 from opd_agents.recordings import encode_rows, refuse_bad, to_conversation
 from opd_agents.rows import read_rows
-from opd_agents.runs import PARTIAL, trajectory_row
-from opd_agents.session import newest_checkpoint
+from opd_agents.runs import PARTIAL, newest_checkpoint, trajectory_row
 from opd_agents.types import ToolSpec, Trajectory, from_dict, to_json
 
 Line = tuple[Trajectory, str]

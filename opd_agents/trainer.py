@@ -18,12 +18,12 @@ from opd_agents.distributed import World, join_world
 from opd_agents.evaluation import load_suite, run_suite, summarise
 from opd_agents.evaluation.evaluate import model_contestant
 from opd_agents.experience import credit, score, with_repairs
+from opd_agents.playing import play_step
 from opd_agents.progress import Interrupted, StopSignal, progress_bar
 from opd_agents.rollout import rollout
 from opd_agents.runs import BEST, RunFolder, latest_checkpoint
 from opd_agents.session import Session, check_inputs, load_session
 from opd_agents.step_metrics import step_metrics, trajectory_rows
-from opd_agents.tasks import draw_episodes
 from opd_agents.types import Actor
 from opd_agents.updates import update
 
@@ -143,27 +143,31 @@ def _best(folder: RunFolder) -> dict[str, Any] | None:
 def train_step(session: Session) -> dict[str, Any]:
     """One rollout batch and its updates; returns the step's metrics."""
     started, before, config = time.perf_counter(), dict(session.totals), session.config
-    episodes = draw_episodes(config, session.step, session.task_counts)
     play = partial(
-        rollout, policy=session.behaviour, make=envs.make, chat=session.chat, limits=session.limits,
+        rollout, make=envs.make, chat=session.chat, limits=session.limits,
         temperature=config.rollout.temperature,
     )  # fmt: skip
-    trajectories = session.world.shared(episodes, play, config.rollout.group_size)
+    played = play_step(
+        config, session.step, session.task_counts, partial(play, policy=session.behaviour),
+        partial(play, policy=session.demonstrator), session.world,
+    )  # fmt: skip
+    trajectories = played.trajectories
     if session.recordings is not None:
         trajectories = sorted(trajectories + session.recordings.draw(session.step), key=lambda t: t.uid)
     experience = with_repairs(session, score(session, trajectories))
-    rewards, credits = session.world.from_main(lambda: credit(config.loss.components, experience))
-    losses = update(session, experience, rewards, credits)
+    assigned = session.world.from_main(lambda: credit(session, experience))
+    losses = update(session, experience, assigned)
     session.advance(
-        generated_tokens=sum(t.n_action_tokens for t in experience.rollouts),
+        generated_tokens=sum(t.n_action_tokens for t in trajectories) + played.discarded_tokens,
         correction_tokens=sum(repair.tokens for repair in experience.repairs),
     )
-    session.folder.save_trajectories(session.step, trajectory_rows(experience, credits))
+    session.folder.save_trajectories(session.step, trajectory_rows(experience, assigned.credits))
     seconds = time.perf_counter() - started
-    row = step_metrics(session, experience, rewards, losses, before, seconds)
+    row = step_metrics(session, experience, assigned, losses, before, seconds) | played.metrics(config)
     if config.evaluation and session.step % config.evaluation.every == 0:
         session.evaluation = evaluate_session(session)
         row |= session.evaluation_row()
+    session.adapt(row)
     session.totals["seconds"] += time.perf_counter() - started
     return row
 

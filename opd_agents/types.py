@@ -46,6 +46,7 @@ class StopReason(StrEnum):
     END = "end"  # it sampled an end-of-turn token
     LENGTH = "length"  # rollout.max_tokens_per_turn reached
     CONTEXT = "context"  # rollout.max_context_tokens reached
+    ACTIONS = "actions"  # rollout.max_action_tokens reached
     NOT_SAMPLED = "not_sampled"  # the action was not sampled token by token (expert, API)
 
 
@@ -172,7 +173,8 @@ class Trajectory:
     branch: Branch | None = None
     error: str | None = None
     final_digest: str = ""
-    exhausted: str | None = None  # of an unfinished episode: the budget that ran out, "turns" or "context"
+    exhausted: str | None = None  # of an unfinished one: the budget that ran out, turns, context or actions
+    demonstration: bool = False  # played by another for a group of the student's episodes
 
     @property
     def success(self) -> bool:
@@ -199,7 +201,8 @@ class Credit:
     """Why one action is reinforced: all parts of its learning signal, logged as is.
 
     ``kl_sum`` and ``kl_mean`` are KL(student || teacher) in nats over the action's tokens at the
-    policy that sampled it; ``advantage`` maps a reward's name to its group-relative advantage;
+    policy that sampled it; ``advantage`` maps `component.part` to the mean over the action's tokens of that
+    part of the component's advantage;
     ``correction`` is the verdict on a repair proposed at this action; ``weight`` is the final weight of
     the action's tokens in every component, which ``factors`` multiply in those that have a credit function.
     """

@@ -2,56 +2,50 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from opd_agents.batch import EMPTY, Packed
-from opd_agents.credit import factors
+from opd_agents.batch import EMPTY, MicroBatch, Packed
+from opd_agents.config import Preference
 from opd_agents.errors import AlignmentError
-from opd_agents.experience import Experience
-from opd_agents.loss import Plan, micro_losses, plan, selected
-from opd_agents.policies.models import backward_flops, forward_flops
+from opd_agents.experience import Assigned, Experience
+from opd_agents.loss import Plan, looks_beyond, micro_losses, plan
+from opd_agents.objectives import token_terms
+from opd_agents.policies.models import backward_flops, forward_flops, head, hidden_states
 from opd_agents.policies.recomputation import recomputed
 from opd_agents.session import Session
 from opd_agents.sharding import updating
-from opd_agents.teachers import HiddenStates
-from opd_agents.types import Credit, Trajectory
 
 
-def update(
-    session: Session,
-    experience: Experience,
-    rewards: Mapping[str, Tensor],
-    credits: Sequence[Sequence[Credit]],
-) -> dict[str, float]:
+def update(session: Session, experience: Experience, assigned: Assigned) -> dict[str, float]:
     """``updates_per_step`` optimizer steps, each on its share of the trajectories; mean losses and norms.
 
-    ``rewards``: per policy component the advantage of each trajectory [E]; ``credits`` of all actions, for
-    the factors of components that have a credit function. Raises AlignmentError where no
-    component finds a token to learn from, and for a gradient that is not finite.
+    Raises AlignmentError where no component finds a token to learn from, and for a gradient that is not
+    finite.
     """
     config, components = session.config, session.config.loss.components
-    packed, trajectories = experience.packed, experience.trajectories
-    weights = {name: selected(packed, trajectories, c.select) for name, c in components.items()}
-    _refuse_empty(weights, packed, step=session.step + 1)
-    weighted = [name for name, component in components.items() if component.credit]
-    weights |= {name: weights[name] * factors(packed, credits, name) for name in weighted}
+    _refuse_empty(assigned, experience.packed, step=session.step + 1)
     measured: dict[str, list[float]] = {}
     measure = session.step % config.trainer.gradient_shares_every == 0
+    beyond = any(map(looks_beyond, components.values()))
     with updating(session.model, session.trained):
-        for number, batch in enumerate(minibatches(session, packed, trajectories)):
-            planned = plan(packed, components, weights, rewards, batch, session.progress)
+        for number, batch in enumerate(minibatches(session, experience)):
+            current = experience.frozen.logprob  # at the weights that sampled, which the first update has
+            if beyond and number:
+                current = _current_logprobs(session, experience, batch)
+            planned = plan(
+                experience, components, assigned, batch, session.at, config.rollout.temperature, current
+            )
             if not bool(planned.keep.any()):
                 continue
-            shares = measure and number == 0
-            losses = accumulate(session, packed, planned, experience.signal, experience.owned, shares=shares)
+            losses = accumulate(session, experience, planned, shares=measure and number == 0)
             norm = session.optimizer.clip(config.trainer.clip_norm)
             if not math.isfinite(norm):
                 raise AlignmentError(f"The gradient of step {session.step + 1} is {norm}; losses: {losses}.")
@@ -62,52 +56,49 @@ def update(
     return {key: float(np.mean(values)) for key, values in measured.items()}
 
 
-def _refuse_empty(weights: Mapping[str, Tensor], packed: Packed, step: int) -> None:
+def _refuse_empty(assigned: Assigned, packed: Packed, step: int) -> None:
     """A loss that sees no token would silently train nothing; only a step of failed environments has none."""
-    if packed.turns and not any(bool(weight.any()) for weight in weights.values()):
+    counted = assigned.counted
+    if packed.turns and counted and not any(bool(tokens.any()) for tokens in counted.values()):
         raise AlignmentError(
             f"Step {step} has {len(packed.target)} action tokens, but no loss component selects any of them: "
-            f"check the `select` of {', '.join(weights)} against rollout.source."
+            f"check the `select` of {', '.join(counted)} against rollout.source."
         )
 
 
-def minibatches(session: Session, packed: Packed, trajectories: Sequence[Trajectory]) -> Iterator[Tensor]:
-    """Token masks that deal out the trajectories, and separately the repaired ones, evenly and at random."""
+def minibatches(session: Session, experience: Experience) -> Iterator[Tensor]:
+    """Token masks that deal out the trajectories, and separately the repaired ones, evenly and at random;
+    whole groups where a component compares their episodes with each other."""
     updates, config = session.config.trainer.updates_per_step, session.config
     random = np.random.Generator(np.random.Philox(key=[config.seed, session.step], counter=[0, 0, 2, 2**63]))
+    paired = any(isinstance(component, Preference) for component in config.loss.components.values())
+    trajectories = experience.trajectories
     share = torch.empty(len(trajectories), dtype=torch.int64)
     for repaired in (False, True):
         mine = [i for i, t in enumerate(trajectories) if (t.branch is not None) == repaired]
-        for place, which in enumerate(random.permutation(len(mine)).tolist()):
-            share[mine[which]] = place % updates
+        units: dict[str | int, list[int]] = {}
+        for i in mine:
+            units.setdefault((paired and trajectories[i].group) or i, []).append(i)
+        dealt = list(units.values())
+        for place, which in enumerate(random.permutation(len(dealt)).tolist()):
+            share[dealt[which]] = place % updates
     for number in range(updates):
-        yield share[packed.episode] == number
+        yield share[experience.packed.episode] == number
 
 
-def accumulate(
-    session: Session,
-    packed: Packed,
-    planned: Plan,
-    signal: HiddenStates | None,
-    owned: Tensor,
-    *,
-    shares: bool,
-) -> dict[str, float]:
-    """Gradient of the whole update batch; each component's loss, and with ``shares`` its part of the sum of
-    the components' gradient norms, for which each component has passes of its own.
+def accumulate(session: Session, experience: Experience, planned: Plan, *, shares: bool) -> dict[str, float]:
+    """Gradient of the whole update batch; each component's loss, and with ``shares`` the norm of its gradient
+    and that norm's part of their sum, for which each component has passes of its own.
 
-    A rank passes over the tokens that are its own (``owned``, bool [N]); gradients and losses are the sums
-    over all ranks.
+    A rank passes over the tokens that are its own; gradients and losses are the sums over all ranks.
     """
     if not shares:
-        return _by_component(_backward(session, packed, planned, signal, owned))
+        return _by_component(_backward(session, experience, planned))
     losses, norms = dict[str, float](), dict[str, float]()
     masters = session.optimizer.masters
     total: list[Tensor | None] = [None] * len(masters)
-    for name, component in planned.components.items():
-        coefficients = {name: planned.coefficients[name]}
-        alone = dataclasses.replace(planned, components={name: component}, coefficients=coefficients)
-        losses |= _backward(session, packed, alone, signal, owned)
+    for name, part in planned.parts.items():
+        losses |= _backward(session, experience, Plan({name: part}))
         norms[name] = session.optimizer.clip(math.inf)
         for i, (former, master) in enumerate(zip(total, masters, strict=True)):
             if master.grad is not None:
@@ -116,39 +107,56 @@ def accumulate(
     for gradient, master in zip(total, masters, strict=True):
         master.grad = gradient
     whole = sum(norms.values())
-    parts = {f"grad_share/{name}": norm / whole if whole else 0.0 for name, norm in norms.items()}
-    return _by_component(losses) | parts
+    measured = {f"grad_norm/{name}": norm for name, norm in norms.items()}
+    measured |= {f"grad_share/{name}": norm / whole if whole else 0.0 for name, norm in norms.items()}
+    return _by_component(losses) | measured
 
 
 def _by_component(losses: Mapping[str, float]) -> dict[str, float]:
     return {f"loss/{name}": value for name, value in losses.items()} | {"loss": sum(losses.values())}
 
 
-def _backward(
-    session: Session, packed: Packed, planned: Plan, signal: HiddenStates | None, owned: Tensor
-) -> dict[str, float]:
-    """Add the gradient over this rank's micro-batches; each component's loss, summed over all ranks.
-
-    Every pass gathers parameters from all ranks, so a rank with fewer micro-batches than another makes up
-    for them with empty ones.
-    """
-    config, world, model = session.config, session.world, session.trained.model
-    losses, flops, lean = dict.fromkeys(planned.components, 0.0), 0, config.trainer.gradient_checkpointing
-    micros = list(packed.micro_batches(config.trainer.micro_batch_tokens, planned.keep & owned))
-    passes = max(world.gather(len(micros)))
-    for micro in micros + [EMPTY] * (passes - len(micros)):
+def _backward(session: Session, experience: Experience, planned: Plan) -> dict[str, float]:
+    """Add the gradient over this rank's micro-batches; each component's loss, summed over all ranks."""
+    config, packed = session.config, experience.packed
+    losses, flops, lean = dict.fromkeys(planned.parts, 0.0), 0, config.trainer.gradient_checkpointing
+    for micro in _passes(session, packed, planned.keep & experience.owned):
         forward = partial(
-            micro_losses, packed=packed, micro=micro, plan=planned, signal=signal,
+            micro_losses, packed=packed, micro=micro, plan=planned, signals=experience.signals,
             temperature=config.rollout.temperature,
         )  # fmt: skip
-        with recomputed(model) if lean else nullcontext():
+        with recomputed(session.trained.model) if lean else nullcontext():
             parts = session.trained(forward)
         torch.stack(list(parts.values())).sum().backward()
         session.optimizer.collect()
-        size = (model, micro.n_tokens, micro.ids.shape[1] / 2)
+        size = (session.trained.model, micro.n_tokens, micro.ids.shape[1] / 2)
         flops += forward_flops(*size) * (2 if lean else 1) + backward_flops(*size)
         for name, part in parts.items():
             losses[name] += float(part.detach())
-    session.totals["flops"] += world.total(flops)
-    everywhere = world.gather(losses)
+    session.totals["flops"] += session.world.total(flops)
+    everywhere = session.world.gather(losses)
     return {name: sum(rank[name] for rank in everywhere) for name in losses}
+
+
+def _passes(session: Session, packed: Packed, keep: Tensor) -> list[MicroBatch]:
+    """This rank's micro-batches. Every pass gathers parameters from all ranks, so a rank with fewer of them
+    than another makes up with empty ones."""
+    micros = list(packed.micro_batches(session.config.trainer.micro_batch_tokens, keep))
+    return micros + [EMPTY] * (max(session.world.gather(len(micros))) - len(micros))
+
+
+@torch.no_grad()
+def _current_logprobs(session: Session, experience: Experience, batch: Tensor) -> Tensor:
+    """Log-probs [N] of the batch's tokens at the weights that are about to be updated; 0 for others."""
+    packed, result = experience.packed, torch.zeros(len(experience.packed.target))
+
+    def scored(student: PreTrainedModel, micro: MicroBatch) -> Tensor:
+        hidden = hidden_states(student, micro.ids)[micro.row, micro.column]
+        ids, temperature = packed.target[micro.tokens].to(hidden.device), session.config.rollout.temperature
+        return token_terms(hidden, head(student), ids, temperature=temperature).logprob
+
+    for micro in _passes(session, packed, batch & experience.owned):
+        result[micro.tokens] = session.trained(partial(scored, micro=micro)).float().cpu()
+        flops = forward_flops(session.trained.model, micro.n_tokens, micro.ids.shape[1] / 2)
+        session.totals["flops"] += session.world.total(flops)
+    return session.world.sum(result)

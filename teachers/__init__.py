@@ -1,5 +1,5 @@
 """Teachers: trajectory in, signal out; a teacher never changes the trajectory."""
 
-from opd_agents.teachers.base import HiddenStates, Teacher
+from opd_agents.teachers.base import HiddenStates, SampledLogprobs, Teacher, TeacherSignal, TeacherTopK
 
-__all__ = ["HiddenStates", "Teacher"]
+__all__ = ["HiddenStates", "SampledLogprobs", "Teacher", "TeacherSignal", "TeacherTopK"]

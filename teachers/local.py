@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
 import torch
@@ -12,9 +13,9 @@ from transformers import PreTrainedModel
 from opd_agents.batch import Packed
 from opd_agents.chat import Chat
 from opd_agents.errors import ConfigError
-from opd_agents.policies.adapters import adapter_off
-from opd_agents.policies.base import Action, History
+from opd_agents.policies.base import Action, History, Policy
 from opd_agents.policies.models import (
+    Head,
     check_projection,
     fit_vocabulary,
     forward_flops,
@@ -26,57 +27,90 @@ from opd_agents.policies.models import (
 )
 from opd_agents.policies.sampler import TransformersSampler
 from opd_agents.teachers.base import HiddenStates
+from opd_agents.teachers.conditioning import ConditionedPolicy, Conditioner
 from opd_agents.types import Actor
 
 
 class ModelTeacher:
-    """A model that is not trained: it scores, and acts at ``temperature`` or, as ``greedy``, at its best."""
+    """A model that is not trained: it scores, and acts at ``temperature`` or, as ``greedy``, at its best.
+
+    ``weights`` is entered around all that the model computes. With a ``conditioner`` it acts on histories
+    that tell it more; what it scores, the caller has conditioned.
+    """
 
     gives: ClassVar[frozenset[type]] = frozenset({HiddenStates})
-    Sampler: ClassVar[type[TransformersSampler]] = TransformersSampler
 
-    def __init__(self, model: PreTrainedModel, chat: Chat, temperature: float) -> None:
-        self.model = model
-        self.sampler = self.Sampler(
-            model, chat.end_ids, actor=Actor.TEACHER, temperature=temperature, thinking=chat.thinking
-        )
-        self.greedy = self.Sampler(
-            model, chat.end_ids, actor=Actor.TEACHER, temperature=0.0, thinking=chat.thinking, reuse=False
-        )
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        chat: Chat,
+        temperature: float,
+        *,
+        weights: Callable[[], AbstractContextManager[None]] = nullcontext,
+        conditioner: Conditioner | None = None,
+    ) -> None:
+        self.model, self.weights = model, weights
+        self.sampler = TransformersSampler(
+            model, chat.end_ids, actor=Actor.TEACHER, temperature=temperature, thinking=chat.thinking,
+            weights=weights,
+        )  # fmt: skip
+        self.best = TransformersSampler(
+            model, chat.end_ids, actor=Actor.TEACHER, temperature=0.0, thinking=chat.thinking, reuse=False,
+            weights=weights,
+        )  # fmt: skip
+        self.acting: Policy = self.sampler
+        self.greedy: Policy = self.best
+        if conditioner is not None:
+            self.acting = ConditionedPolicy(self.sampler, conditioner)
+            self.greedy = ConditionedPolicy(self.best, conditioner)
         self.scored_tokens = 0
         self._scoring_flops = 0
 
     @property
     def tokens(self) -> int:
         """Tokens scored plus tokens written, so far."""
-        return self.scored_tokens + self.sampler.generated_tokens + self.greedy.generated_tokens
+        return self.scored_tokens + self.sampler.generated_tokens + self.best.generated_tokens
 
     @property
     def flops(self) -> int:
-        return self._scoring_flops + self.sampler.flops + self.greedy.flops
+        return self._scoring_flops + self.sampler.flops + self.best.flops
 
     def act(self, histories: Sequence[History]) -> list[Action]:
-        return self.sampler.act(histories)
+        return self.acting.act(histories)
 
     @torch.no_grad()
     def score(self, packed: Packed, max_tokens: int, keep: Tensor | None = None) -> HiddenStates:
         """Hidden states before every action token of the student's own histories, one pass per trajectory,
-        put on the CPU; with ``keep`` (bool [N]) only of the rows that have such tokens, and of them alone."""
+        put on the CPU; with ``keep`` (bool [N]) only of the rows that have such tokens, and of them alone,
+        zeros elsewhere."""
         self.sampler.release()
         width = self.model.config.get_text_config().hidden_size
-        hidden = torch.empty(len(packed.target), width, dtype=self.model.dtype)
-        for micro in packed.micro_batches(max_tokens, keep):
-            states = hidden_states(self.model, micro.ids)[micro.row, micro.column]
-            hidden[micro.tokens] = states.cpu()
-            self.scored_tokens += micro.n_tokens
-            self._scoring_flops += forward_flops(self.model, micro.n_tokens, micro.ids.shape[1] / 2)
-        return HiddenStates(hidden, head(self.model))
+        hidden = torch.zeros(len(packed.target), width, dtype=self.model.dtype)
+        with self.weights():
+            for micro in packed.micro_batches(max_tokens, keep):
+                states = hidden_states(self.model, micro.ids)[micro.row, micro.column]
+                hidden[micro.tokens] = states.cpu()
+                self.scored_tokens += micro.n_tokens
+                self._scoring_flops += forward_flops(self.model, micro.n_tokens, micro.ids.shape[1] / 2)
+        return HiddenStates(hidden, self.head())
+
+    def head(self) -> Head:
+        """What maps the scored hidden states to logits; it must stay as it is while they are used."""
+        return head(self.model)
 
 
 class LocalTeacher(ModelTeacher):
     """A checkpoint of the student's vocabulary and template; a ``chat.template`` of the run is for both."""
 
-    def __init__(self, path: str, chat: Chat, *, dtype: str = "float32", temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        path: str,
+        chat: Chat,
+        *,
+        dtype: str = "float32",
+        temperature: float = 1.0,
+        conditioner: Conditioner | None = None,
+    ) -> None:
         """Raises CheckpointError for an unreadable checkpoint, ConfigError for one of another chat."""
         tokenizer = load_tokenizer(path)
         if tokenizer.get_vocab() != chat.tokenizer.get_vocab():
@@ -95,26 +129,4 @@ class LocalTeacher(ModelTeacher):
         model = load_model(path, dtype).requires_grad_(False)
         fit_vocabulary(model, chat.tokenizer, path)
         check_projection(model, dtype)
-        super().__init__(model, chat, temperature)
-
-
-class BaseSampler(TransformersSampler):
-    """Samples from the frozen base of a model with an adapter."""
-
-    def act(self, histories: Sequence[History]) -> list[Action]:
-        with adapter_off(self.model):
-            return super().act(histories)
-
-
-class SelfTeacher(ModelTeacher):
-    """The student without its adapter, as teacher or as the reference to stay close to: the very model that
-    is trained, with no second copy of its weights. The head is never adapted, so both share it."""
-
-    Sampler = BaseSampler
-
-    def __init__(self, student: PreTrainedModel, chat: Chat, *, temperature: float = 1.0) -> None:
-        super().__init__(student, chat, temperature)
-
-    def score(self, packed: Packed, max_tokens: int, keep: Tensor | None = None) -> HiddenStates:
-        with adapter_off(self.model):
-            return super().score(packed, max_tokens, keep)
+        super().__init__(model, chat, temperature, conditioner=conditioner)

@@ -19,7 +19,7 @@ from opd_agents.chat import Chat
 from opd_agents.config import load_config
 from opd_agents.errors import CheckpointError
 from opd_agents.objectives import token_terms
-from opd_agents.policies import sampler as sampler_module
+from opd_agents.policies import reader
 from opd_agents.policies.models import (
     build_model,
     forward_flops,
@@ -109,7 +109,7 @@ def test_over_several_ragged_turns_the_sampler_scores_as_the_trainer_does(model:
             with torch.no_grad():
                 states = hidden_states(model, row)[0, len(ids[e]) - 1 : -1]
                 target = torch.tensor(action.ids)
-                terms = token_terms(states, head(model), None, None, target, kind=None, temperature=0.8)
+                terms = token_terms(states, head(model), target, temperature=0.8)
             assert action.logprobs == pytest.approx(terms.logprob.tolist(), abs=1e-4)
             ids[e] += action.ids
     assert max(map(len, ids.values())) > 3 * 12
@@ -121,7 +121,7 @@ def test_a_long_context_may_be_fed_in_parts(model: Any, monkeypatch: pytest.Monk
     model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    monkeypatch.setattr(sampler_module, "PREFILL_ELEMENTS", 200)
+    monkeypatch.setattr(reader, "PREFILL_ELEMENTS", 200)
     parts, _ = converse(ended_by_many(model))
     assert [action.ids for action in parts] == [action.ids for action in whole]
     for one, other in zip(parts, whole, strict=True):

@@ -13,7 +13,7 @@ from torch import nn
 from opd_agents import trainer, updates
 from opd_agents.batch import pack
 from opd_agents.config import RunConfig, load_config
-from opd_agents.credit import check_behaviour, frozen_terms
+from opd_agents.frozen import check_behaviour, frozen_terms
 from opd_agents.errors import AlignmentError
 from opd_agents.experience import GAPS
 from opd_agents.optimizers import ModelOptimizer
@@ -166,7 +166,7 @@ def test_large_logits_are_no_reason_to_stop_and_other_weights_are(tiny_llama: An
     model = tiny_llama(seed=1, tie_word_embeddings=False, num_hidden_layers=6).to(torch.bfloat16)
 
     def rescored() -> float:
-        terms = frozen_terms(model, packed, None, 1.0, 4000)
+        terms = frozen_terms(model, packed, {}, 1.0, 4000)
         return check_behaviour(packed, episodes, terms, 0, **GAPS["bfloat16"])
 
     with torch.no_grad():

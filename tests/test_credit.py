@@ -5,7 +5,11 @@ import torch
 from rolling import trajectory, turn
 
 from opd_agents.batch import pack
-from opd_agents.credit import FrozenTerms, advantages, assign_credit, frozen_terms
+from opd_agents.composition import Composed, reward_advantages
+from opd_agents.config import RewardPart, Select
+from opd_agents.credit import assign_credit
+from opd_agents.frozen import FrozenTerms, frozen_terms
+from opd_agents.objectives import ReferenceTerms
 from opd_agents.policies.models import head, hidden_states
 from opd_agents.teachers import HiddenStates
 from opd_agents.types import Branch, Outcome
@@ -33,14 +37,14 @@ def signal_of(model, packed):
 @pytest.mark.parametrize("max_tokens", [50, 500])
 def test_kl_and_log_probs_are_those_of_the_full_distributions(student, teacher, sampled, max_tokens):
     packed = pack(sampled)
-    frozen = frozen_terms(student, packed, signal_of(teacher, packed), T, max_tokens)
+    frozen = frozen_terms(student, packed, {"teacher": signal_of(teacher, packed)}, T, max_tokens)
     log_q, log_p = log_probs(student, packed), log_probs(teacher, packed)
     kl = (log_q.exp() * (log_q - log_p)).sum(-1)
     at_token = packed.target[:, None]
-    torch.testing.assert_close(frozen.kl.double(), kl, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(frozen.references["teacher"].kl.double(), kl, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(frozen.logprob.double(), log_q.gather(1, at_token)[:, 0], atol=1e-4, rtol=0)
     torch.testing.assert_close(
-        frozen.teacher_logprob.double(), log_p.gather(1, at_token)[:, 0], atol=1e-4, rtol=0
+        frozen.references["teacher"].logprob.double(), log_p.gather(1, at_token)[:, 0], atol=1e-4, rtol=0
     )
 
     credits = assign_credit(packed, sampled, frozen, {}, {})
@@ -54,8 +58,8 @@ def test_kl_and_log_probs_are_those_of_the_full_distributions(student, teacher, 
 
 def test_without_a_teacher_there_are_log_probs_only(student, sampled):
     packed = pack(sampled)
-    frozen = frozen_terms(student, packed, None, T, 500)
-    assert frozen.kl is None and frozen.teacher_logprob is None and not frozen.logprob.requires_grad
+    frozen = frozen_terms(student, packed, {}, T, 500)
+    assert not frozen.references and not frozen.logprob.requires_grad
     credit = assign_credit(packed, sampled, frozen, {}, {})[0][0]
     assert (credit.kl_sum, credit.kl_mean, credit.teacher_logprob) == (None, None, None)
     assert assign_credit(packed, sampled, None, {}, {})[0][0] == credit
@@ -63,14 +67,30 @@ def test_without_a_teacher_there_are_log_probs_only(student, sampled):
 
 def test_terms_of_further_trajectories_are_appended(student, teacher, sampled):
     whole, first, rest = pack(sampled), pack(sampled[:5]), pack(sampled[5:])
-    parts = [frozen_terms(student, part, signal_of(teacher, part), T, 500) for part in (first, rest)]
+    parts = [
+        frozen_terms(student, part, {"teacher": signal_of(teacher, part)}, T, 500) for part in (first, rest)
+    ]
     together, joined = (
-        frozen_terms(student, whole, signal_of(teacher, whole), T, 500),
+        frozen_terms(student, whole, {"teacher": signal_of(teacher, whole)}, T, 500),
         parts[0].extended(parts[1]),
     )
-    for name in ("logprob", "kl", "teacher_logprob"):
-        torch.testing.assert_close(getattr(joined, name), getattr(together, name), atol=1e-5, rtol=1e-5)
-    assert parts[0].extended(FrozenTerms(parts[1].logprob)).kl is None
+    for one, other in zip(terms_of(joined), terms_of(together), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def terms_of(frozen):
+    return frozen.logprob, frozen.entropy, *frozen.references["teacher"]
+
+
+def test_a_reference_that_had_nothing_to_say_agrees_with_the_student():
+    terms = ReferenceTerms(torch.tensor([-1.0, -2.0]), torch.tensor([0.5, 0.7]), torch.ones(2), torch.ones(2))
+    frozen = FrozenTerms(torch.tensor([-3.0, -4.0]), torch.ones(2), {"teacher": terms})
+    heard = frozen.where_taught({"teacher": torch.tensor([True, False])}).references["teacher"]
+    assert heard.logprob.tolist() == [-1.0, -4.0] and heard.kl.tolist() == [0.5, 0.0]
+
+
+def advantages(trajectories, normalise, **select):
+    return reward_advantages(trajectories, RewardPart(normalise=normalise), Select(**select))
 
 
 def episode(uid, group, reward, **fields):
@@ -106,12 +126,14 @@ def test_credit_holds_each_actions_parts():
     branch = trajectory([dataclasses.replace(plain.turns[0], weight=0.0), turn([3], [6])], uid="b")
     none = trajectory([], uid="c")
     packed = pack([plain, none, branch])
-    frozen = FrozenTerms(torch.zeros(5), torch.arange(5.0), -torch.arange(5.0))
-    rewards = {"verifier": torch.tensor([0.5, 9.0, 0.0]), "judge": torch.tensor([-1.0, 9.0, 0.0])}
-    credits = assign_credit(packed, [plain, none, branch], frozen, rewards, {("a", 1): "accepted"})
+    terms = ReferenceTerms(-torch.arange(5.0), torch.arange(5.0), None, None)
+    frozen = FrozenTerms(torch.zeros(5), torch.zeros(5), {"teacher": terms})
+    parts = {"verifier": torch.full((5,), 0.5), "judge": torch.tensor([1.0, -1.0, -3.0, 0.0, 0.0])}
+    composed = {"joint": Composed(torch.zeros(5), parts, {})}
+    credits = assign_credit(packed, [plain, none, branch], frozen, composed, {("a", 1): "accepted"})
     assert [len(of_one) for of_one in credits] == [2, 0, 2]
     first, second = credits[0]
     assert (second.kl_sum, second.kl_mean, second.teacher_logprob) == (3.0, 1.5, -3.0)
     assert (first.correction, second.correction) == (None, "accepted")
-    assert second.advantage == {"verifier": 0.5, "judge": -1.0}
+    assert second.advantage == {"joint.verifier": 0.5, "joint.judge": -2.0}
     assert [c.weight for c in credits[2]] == [0.0, 1.0] and credits[2][1].correction is None

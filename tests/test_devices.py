@@ -16,7 +16,7 @@ from test_sampler import converse, ended_by_many
 from opd_agents.batch import pack
 from opd_agents.chat import Chat
 from opd_agents.config import Component
-from opd_agents.credit import check_behaviour, frozen_terms
+from opd_agents.frozen import check_behaviour, frozen_terms
 from opd_agents.loss import micro_losses, plan, selected
 from opd_agents.policies.models import build_model, local_device
 from opd_agents.teachers.local import ModelTeacher
@@ -37,7 +37,7 @@ def one_step(student: Any, teacher: Any, chat: Chat) -> dict[str, Any]:
     packed = pack(episodes)
     signal = ModelTeacher(teacher, chat, TEMPERATURE).score(packed, 500)
     assert signal.hidden.device == packed.target.device
-    frozen = frozen_terms(student, packed, signal, TEMPERATURE, 500)
+    frozen = frozen_terms(student, packed, {"teacher": signal}, TEMPERATURE, 500)
     check_behaviour(packed, episodes, frozen, 0, 1e-3)
     weights = {name: selected(packed, episodes, c.select) for name, c in COMPONENTS.items()}
     advantages = {"policy": torch.linspace(-1, 1, len(episodes))}

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from opd_agents.batch import pack
 from opd_agents.chat import Chat
-from opd_agents.credit import check_behaviour, frozen_terms
+from opd_agents.frozen import check_behaviour, frozen_terms
 from opd_agents.errors import AlignmentError, CheckpointError
 from opd_agents.objectives import token_terms
 from opd_agents.policies.models import (
@@ -55,9 +55,7 @@ def test_fused_terms_and_their_gradients_are_those_of_the_models_logits(model: P
     ids = torch.arange(20, 60).reshape(2, 20)
     target = torch.arange(30, 70)
     hidden = hidden_states(model, ids).flatten(0, 1)
-    fused = token_terms(
-        hidden, head(model), None, None, target, kind=None, temperature=0.7, chunk_elements=999
-    )
+    fused = token_terms(hidden, head(model), target, temperature=0.7, chunk_elements=999)
     whole = (model(ids).logits.flatten(0, 1) / 0.7).log_softmax(-1)
     expected = whole.gather(1, target[:, None])[:, 0]
     torch.testing.assert_close(fused.logprob, expected, atol=1e-4, rtol=0)
@@ -132,7 +130,7 @@ def test_models_with_different_padding_are_compared_over_their_tokenizer(
     check_projection(student, "float32")
     episodes = rolled(desk_episodes(4, max_turns=3), sampler(student, desk_chat), desk_chat)
     packed = pack(episodes)
-    frozen = frozen_terms(student, packed, teacher.score(packed, 500), 1.0, 500)
+    frozen = frozen_terms(student, packed, {"teacher": teacher.score(packed, 500)}, 1.0, 500)
     assert frozen.kl is not None and frozen.teacher_logprob is not None
     assert check_behaviour(packed, episodes, frozen, 0, 1e-4) < 1e-4
 

@@ -23,9 +23,9 @@ LAYERS = (
     ("policies",),
     ("rollout", "recordings", "batch", "distributed", "sharding"),
     ("teachers",),
-    ("correction", "credit", "objectives"),
+    ("correction", "frozen", "weighting", "composition", "credit", "objectives"),
     (
-        *("loss", "optimizers", "runs", "tasks", "progress", "session"),
+        *("loss", "optimizers", "runs", "tasks", "playing", "progress", "references", "session"),
         *("step_metrics", "experience", "updates", "trainer", "evaluation", "diagnostics"),
         *("export", "traces"),
     ),

@@ -22,11 +22,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from opd_agents.batch import Packed, pack
 from opd_agents.config import Component
-from opd_agents.credit import FrozenTerms, frozen_terms
+from opd_agents.frozen import FrozenTerms, frozen_terms
 from opd_agents.loss import micro_losses, plan, selected
 from opd_agents.objectives.terms import CHUNK_ELEMENTS
-from opd_agents.policies import History
-from opd_agents.policies import sampler as sampler_module
+from opd_agents.policies import History, reader
 from opd_agents.policies.models import head, hidden_states
 from opd_agents.policies.recomputation import prepare_recomputation, recomputed
 from opd_agents.policies.sampler import TransformersSampler
@@ -110,7 +109,7 @@ def test_a_step_makes_no_tensor_of_tokens_by_tokens_or_by_vocabulary() -> None:
 
 
 def test_a_long_prompt_is_fed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler_module, "PREFILL_ELEMENTS", 2**20)
+    monkeypatch.setattr(reader, "PREFILL_ELEMENTS", 2**20)
     student = model(1)
     rows = [tuple(range(n)) for n in (4096, 300)]
 

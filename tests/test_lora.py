@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from opd_agents import trainer
 from opd_agents.batch import pack
 from opd_agents.config import Lora, RunConfig, load_config
-from opd_agents.credit import frozen_terms
+from opd_agents.frozen import frozen_terms
 from opd_agents.errors import CheckpointError, ConfigError
 from opd_agents.evaluation import evaluate
 from opd_agents.policies.adapters import adapter_off, add_adapter
@@ -194,11 +194,11 @@ def test_the_base_as_teacher_is_the_student_until_it_learns(base: Path, desk_cha
     assert sum(p.numel() for p in itself.model.parameters()) == size
     rolls = rolled(desk_episodes(4, max_turns=3), sampler(model, desk_chat), desk_chat)
     packed = pack(rolls)
-    same = frozen_terms(model, packed, itself.score(packed, 400), 1.0, 400)
+    same = frozen_terms(model, packed, {"teacher": itself.score(packed, 400)}, 1.0, 400)
     assert same.kl is not None and not same.kl.any()
     assert torch.equal(same.logprob, same.teacher_logprob)
     disturb(model)
-    apart = frozen_terms(model, packed, itself.score(packed, 400), 1.0, 400)
+    apart = frozen_terms(model, packed, {"teacher": itself.score(packed, 400)}, 1.0, 400)
     assert float(apart.kl.mean()) > 1e-3
     assert torch.equal(apart.teacher_logprob, same.teacher_logprob)
 

@@ -1,4 +1,3 @@
-import copy
 import dataclasses
 import math
 from types import SimpleNamespace
@@ -6,46 +5,41 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from engine import (
+    T,
+    assert_same,
+    chosen,
+    component,
+    engine,
+    experience_of,
+    gradient_of,
+    in_float64,
+    log_probs,
+    moved,
+    plain,
+    planned,
+    preset,
+)
 from rolling import LIMITS, desk_episodes, rolled
 
 from opd_agents.batch import pack
-from opd_agents.config import Component, Schedule, Select, load_config
-from opd_agents.credit import advantages
+from opd_agents.composition import selected
+from opd_agents.config import Select, load_config
+from opd_agents.config.base import Ramp
 from opd_agents.distributed import ALONE
-from opd_agents.loss import micro_losses, plan, selected
+from opd_agents.loss import Plan, micro_losses
 from opd_agents.optimizers import ModelOptimizer
 from opd_agents.policies import ExpertPolicy
-from opd_agents.policies.models import head, hidden_states
 from opd_agents.sharding import Trained
-from opd_agents.teachers import HiddenStates
 from opd_agents.types import Actor, Branch, Outcome
 from opd_agents.updates import accumulate, minibatches
 
-T = 1.3  # the temperature that `sampled` was sampled at
-DISTILL = Component(kind="distill")
-
-
-def in_float64(model):
-    """A copy; Llama's own norms would compute in float32."""
-    model = copy.deepcopy(model)
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child).__name__ == "LlamaRMSNorm":
-                norm = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon)
-                norm.weight = child.weight
-                setattr(module, name, norm)
-    return model.double()
+VERIFIER = {"verifier": {}}
 
 
 @pytest.fixture(scope="module")
 def model(student):
-    """The student a little off the weights that sampled, so that importance ratios are not 1."""
-    moved = in_float64(student)
-    random = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in moved.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=random, dtype=torch.float64)
-    return moved
+    return moved(student)
 
 
 @pytest.fixture(scope="module")
@@ -75,91 +69,38 @@ def mixed(sampled, experts):
     return [*rewarded, branch, *experts]
 
 
-def signal_of(judge, packed):
-    with torch.no_grad():
-        states = [hidden_states(judge, row[None])[0] for row in packed.rows]
-    hidden = [states[r][p - 1] for r, p in zip(packed.row, packed.position, strict=True)]
-    return HiddenStates(torch.stack(hidden), head(judge))
-
-
-def log_probs(model, packed, temperature=T):
-    """[N, V]: the plain way, through each row's own logits."""
-    logits = [model(row[None]).logits[0] for row in packed.rows]
-    states = [logits[r][p - 1] for r, p in zip(packed.row, packed.position, strict=True)]
-    return (torch.stack(states) / temperature).log_softmax(-1)
-
-
-def chosen(log_q, packed):
-    return log_q.gather(1, packed.target[:, None])[:, 0]
-
-
-def planned(packed, trajectories, components, rewards=None, progress=0.0):
-    weights = {name: selected(packed, trajectories, c.select) for name, c in components.items()}
-    everything = torch.ones(len(packed.target), dtype=torch.bool)
-    return plan(packed, components, weights, rewards or {}, everything, progress)
-
-
-def engine(model, trajectories, components, judge=None, *, tokens=10_000, temperature=T):
-    """Loss and gradient as the trainer gets them, summed over micro-batches of ``tokens``."""
-    packed = pack(trajectories)
-    signal = signal_of(judge, packed) if judge is not None else None
-    rewards = {n: advantages(trajectories, c.normalise) for n, c in components.items() if c.kind == "policy"}
-    todo = planned(packed, trajectories, components, rewards)
-    model.zero_grad()
-    total = 0.0
-    for micro in packed.micro_batches(tokens, todo.keep):
-        loss = sum(micro_losses(model, packed, micro, todo, signal, temperature).values())
-        loss.backward()
-        total += float(loss.detach())
-    return total, gradient_of(model)
-
-
-def plain(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return float(loss.detach()), gradient_of(model)
-
-
-def gradient_of(model):
-    return torch.cat([p.grad.flatten().clone() for p in model.parameters()])
-
-
-def assert_same(one, other, rtol=1e-6):
-    """Losses and gradients agree (coefficients, advantages and recorded log-probs are float32)."""
-    assert one[0] == pytest.approx(other[0], rel=rtol)
-    assert float((one[1] - other[1]).norm()) <= rtol * float(other[1].norm())
-    assert float(other[1].norm()) > 1e-3
-
-
-def preset(method):
-    raw = {"name": "x", "method": method, "student": {"model": "s"}, "environments": [{"id": "e"}]}
-    return load_config(raw | ({"teacher": {"model": "t"}} if method == "gkd" else {})).loss.components
+@pytest.fixture(scope="module")
+def seen(student, judge):
+    """Trajectories as an experience of the policy that sampled."""
+    return lambda trajectories, judged=True: experience_of(
+        student, trajectories, {"teacher": judge} if judged else {}
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, T])
-def test_sft_is_the_mean_negative_log_likelihood_of_the_action_tokens(model, experts, temperature):
+def test_sft_is_the_mean_negative_log_likelihood_of_the_action_tokens(model, experts, temperature, seen):
     packed = pack(experts)
     expected = plain(model, -chosen(log_probs(model, packed, temperature), packed).mean())
-    assert_same(engine(model, experts, preset("sft"), temperature=temperature), expected)
+    assert_same(engine(model, seen(experts, False), preset("sft"), temperature=temperature), expected)
 
 
-def test_gkd_is_the_mean_kl_from_student_to_teacher(model, judge, sampled):
+def test_gkd_is_the_mean_kl_from_student_to_teacher(model, judge, sampled, seen):
     packed = pack(sampled)
     log_q, log_p = log_probs(model, packed), log_probs(judge, packed).detach()
     expected = plain(model, (log_q.exp() * (log_q - log_p)).sum(-1).mean())
-    assert_same(engine(model, sampled, preset("gkd"), judge), expected)
+    assert_same(engine(model, seen(sampled), preset("gkd")), expected)
 
 
-def test_gkd_is_the_mean_divergence_over_all_actions_but_inherited_ones(model, judge, mixed):
+def test_gkd_is_the_mean_divergence_over_all_actions_but_inherited_ones(model, judge, mixed, seen):
     packed = pack(mixed)
     mine = torch.tensor([mixed[e].turns[t].weight > 0 for e, t in packed.turns])[packed.turn]
     assert {mixed[e].turns[t].actor for e, t in packed.turns} > {Actor.STUDENT} and not mine.all()
     log_q, log_p = log_probs(model, packed), log_probs(judge, packed).detach()
     expected = plain(model, (log_q.exp() * (log_q - log_p)).sum(-1)[mine].mean())
-    assert_same(engine(model, mixed, preset("gkd"), judge), expected)
+    assert_same(engine(model, seen(mixed), preset("gkd")), expected)
 
 
-def test_grpo_is_the_clipped_surrogate_over_standardised_group_rewards(model, mixed):
+def test_grpo_is_the_clipped_surrogate_over_standardised_group_rewards(model, mixed, seen):
     trajectories = mixed[:12]
     packed = pack(trajectories)
     rewards = torch.tensor([t.reward for t in trajectories], dtype=torch.float64).reshape(3, 4)
@@ -170,9 +111,9 @@ def test_grpo_is_the_clipped_surrogate_over_standardised_group_rewards(model, mi
     clipped = float((surrogate != ratio * advantage).double().mean())
     assert 0.05 < clipped < 0.95
     expected = plain(model, -surrogate.mean())
-    assert_same(engine(model, trajectories, preset("grpo")), expected, rtol=1e-5)
+    assert_same(engine(model, seen(trajectories, False), preset("grpo")), expected, rtol=1e-5)
     assert_same(
-        engine(model, mixed, preset("grpo")), expected, rtol=1e-5
+        engine(model, seen(mixed, False), preset("grpo")), expected, rtol=1e-5
     )  # repaired and expert episodes left out
 
 
@@ -185,58 +126,65 @@ def random_components(seed):
     components = {}
     for number in range(random.integers(2, 5)):
         denominator = pick("token", "turn", "episode", "constant")
-        components[f"c{number}"] = Component(
-            kind=pick("distill", "distill", "policy", "ce"),
+        kind, divergence = pick("distill", "distill", "policy", "ce"), pick("forward_kl", "reverse_kl", "jsd")
+        own = {
+            "distill": {
+                "divergence": divergence, "beta": pick(0.2, 0.7) if divergence == "jsd" else None,
+                "ratio_clip": pick(None, 1.5),
+            },
+            "policy": {"rewards": {"verifier": {"normalise": pick("std", "none")}}},
+            "ce": {},
+        }[kind]  # fmt: skip
+        components[f"c{number}"] = component(
+            kind=kind,
             coef=float(random.uniform(0.1, 2)),
             select=Select(
                 actor=pick(None, Actor.STUDENT, Actor.EXPERT),
                 source=pick(None, "rollout"),
-                outcome=pick(None, "success"),
+                outcome=pick(None, Outcome.SUCCESS),
             ),
             denominator=denominator,
             constant=50.0 if denominator == "constant" else None,
-            divergence=pick("forward_kl", "reverse_kl", "jsd"),
-            beta=pick(0.2, 0.7),
-            ratio_clip=pick(None, 1.5),
-            normalise=pick("std", "none"),
+            **own,
         )
-    return components | {"always": Component(kind="ce", coef=0.3)}
+    return components | {"always": component(kind="ce", coef=0.3)}
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_any_split_into_micro_batches_gives_the_same_gradient(model, judge, mixed, seed):
+def test_any_split_into_micro_batches_gives_the_same_gradient(model, mixed, seed, seen):
     components = random_components(seed)
-    whole = engine(model, mixed, components, judge)
+    whole = engine(model, seen(mixed), components)
     assert torch.isfinite(whole[1]).all()
     for tokens in (1, 500):
-        assert_same(engine(model, mixed, components, judge, tokens=tokens), whole, rtol=1e-10)
+        assert_same(engine(model, seen(mixed), components, tokens=tokens), whole, rtol=1e-10)
 
 
 def test_the_split_does_not_matter_in_float32(student, teacher, mixed):
     components = random_components(0)
-    whole = engine(student, mixed, components, teacher)
-    assert_same(engine(student, mixed, components, teacher, tokens=200), whole, rtol=1e-5)
+    seen = experience_of(student, mixed, {"teacher": teacher})
+    whole = engine(student, seen, components)
+    assert_same(engine(student, seen, components, tokens=200), whole, rtol=1e-5)
     student.zero_grad()
 
 
-def test_two_divergences_in_one_loss_are_each_their_own(model, judge, sampled):
+def test_two_divergences_in_one_loss_are_each_their_own(model, judge, sampled, seen):
     components = {
-        "reverse": Component(kind="distill", coef=0.5),
-        "forward": Component(kind="distill", coef=2.0, divergence="forward_kl"),
-        "ce": Component(kind="ce", coef=0.1),
+        "reverse": component(kind="distill", coef=0.5),
+        "forward": component(kind="distill", coef=2.0, divergence="forward_kl"),
+        "ce": component(kind="ce", coef=0.1),
     }
     packed = pack(sampled)
     log_q, log_p = log_probs(model, packed), log_probs(judge, packed).detach()
     reverse, forward = (log_q.exp() * (log_q - log_p)).sum(-1), (log_p.exp() * (log_p - log_q)).sum(-1)
     loss = 0.5 * reverse.mean() + 2 * forward.mean() - 0.1 * chosen(log_q, packed).mean()
-    assert_same(engine(model, sampled, components, judge), plain(model, loss))
+    assert_same(engine(model, seen(sampled), components), plain(model, loss))
 
 
 @pytest.mark.parametrize("denominator", ["token", "turn", "episode", "constant"])
-def test_denominators_count_what_is_selected(model, mixed, denominator):
+def test_denominators_count_what_is_selected(model, mixed, denominator, seen):
     constant = 40.0 if denominator == "constant" else None
     select = Select(actor=Actor.STUDENT, outcome=Outcome.SUCCESS)
-    component = Component(kind="ce", select=select, denominator=denominator, constant=constant)
+    one = component(kind="ce", select=select, denominator=denominator, constant=constant)
     packed = pack(mixed)
     nll = -chosen(log_probs(model, packed), packed)
     turns = [
@@ -252,7 +200,7 @@ def test_denominators_count_what_is_selected(model, mixed, denominator):
         "episode": lambda: torch.stack([v.mean() for v in episodes.values()]).mean(),
         "constant": lambda: torch.cat([v for _, v in turns]).sum() / 40,
     }[denominator]()
-    assert_same(engine(model, mixed, {"ce": component}), plain(model, expected))
+    assert_same(engine(model, seen(mixed, False), {"ce": one}), plain(model, expected))
 
 
 @pytest.mark.parametrize(
@@ -267,7 +215,7 @@ def test_denominators_count_what_is_selected(model, mixed, denominator):
         Select(actor=Actor.RANDOM),
     ],
 )
-def test_a_component_sees_what_it_selects_and_no_inherited_turn(mixed, select):
+def test_a_component_sees_what_it_selects_and_no_inherited_turn(mixed, select, seen):
     packed = pack(mixed)
     weights = selected(packed, mixed, select)
     for n, weight in enumerate(weights.tolist()):
@@ -279,26 +227,26 @@ def test_a_component_sees_what_it_selects_and_no_inherited_turn(mixed, select):
             and select.outcome in (None, one.outcome)
         )
         assert weight == (turn.weight if wanted else 0.0)
-    coefficients = planned(packed, mixed, {"c": Component(kind="ce", select=select)}).coefficients["c"]
+    todo = planned(seen(mixed, False), {"c": component(kind="ce", select=select)})
+    coefficients = todo.parts["c"].coefficients
     assert float(coefficients.sum()) == pytest.approx(1.0 if select.actor is not Actor.RANDOM else 0.0)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_only_states_that_predict_a_selected_token_get_a_gradient(model, judge, mixed, seed):
+def test_only_states_that_predict_a_selected_token_get_a_gradient(model, mixed, seed, seen):
     packed = pack(mixed)
     components = {n: c for n, c in random_components(seed).items() if n != "always"}
-    rewards = {n: advantages(mixed, c.normalise) for n, c in components.items() if c.kind == "policy"}
-    todo = planned(packed, mixed, components, rewards)
+    experience = seen(mixed)
+    todo = planned(experience, components)
     assert bool(todo.keep.any()) and not bool(todo.keep.all())
     states = []
     hook = model.model.norm.register_forward_hook(
         lambda module, args, out: (out.retain_grad(), states.append(out))[1]
     )
-    signal = signal_of(judge, packed)
     touched = 0
     for micro in packed.micro_batches(500):  # unneeded tokens included
         states.clear()
-        sum(micro_losses(model, packed, micro, todo, signal, T).values()).backward()
+        sum(micro_losses(model, packed, micro, todo, experience.signals, T).values()).backward()
         expected = torch.zeros(micro.ids.shape, dtype=torch.bool)
         needed = todo.keep[micro.tokens]
         expected[micro.row[needed], micro.column[needed]] = True
@@ -311,18 +259,18 @@ def test_only_states_that_predict_a_selected_token_get_a_gradient(model, judge, 
     assert touched > 20
 
 
-def test_the_importance_ratio_is_clipped_and_detached(model, judge, sampled):
+def test_the_importance_ratio_is_clipped_and_detached(model, judge, sampled, seen):
     packed = pack(sampled)
     log_q, log_p = log_probs(model, packed), log_probs(judge, packed).detach()
     ratio = (chosen(log_q, packed).detach() - packed.behaviour).exp()
     assert float(ratio.max()) > 1.2 > float(ratio.min())
     kl = (log_q.exp() * (log_q - log_p)).sum(-1)
     expected = plain(model, (ratio.clamp(max=1.2) * kl).mean())
-    components = {"distill": Component(kind="distill", ratio_clip=1.2)}
-    assert_same(engine(model, sampled, components, judge), expected, rtol=1e-5)
+    components = {"distill": component(kind="distill", ratio_clip=1.2)}
+    assert_same(engine(model, seen(sampled), components), expected, rtol=1e-5)
 
 
-def test_tokens_that_were_not_sampled_have_ratio_one(model, judge, mixed):
+def test_tokens_that_were_not_sampled_have_ratio_one(model, judge, mixed, seen):
     packed = pack(mixed)
     assert packed.behaviour.isnan().any()
     log_q, log_p = log_probs(model, packed), log_probs(judge, packed).detach()
@@ -330,29 +278,28 @@ def test_tokens_that_were_not_sampled_have_ratio_one(model, judge, mixed):
     kl = (log_q.exp() * (log_q - log_p)).sum(-1)
     weight = torch.tensor([mixed[e].turns[t].weight for e, t in packed.turns])[packed.turn]
     expected = plain(model, (weight * ratio * kl).sum() / weight.sum())
-    components = {"distill": Component(kind="distill", ratio_clip=1.5)}
-    assert_same(engine(model, mixed, components, judge), expected, rtol=1e-5)
+    components = {"distill": component(kind="distill", ratio_clip=1.5)}
+    assert_same(engine(model, seen(mixed), components), expected, rtol=1e-5)
 
 
-def test_unselected_expert_tokens_change_nothing(model, judge, mixed):
+def test_unselected_expert_tokens_change_nothing(model, mixed, seen):
     """Their log-probs are NaN: 0 * NaN would be NaN."""
     mine = Select(actor=Actor.STUDENT, source="rollout")
     components = {
-        "distill": Component(kind="distill", ratio_clip=2.0, select=mine),
-        "verifier": Component(kind="policy", select=mine),
+        "distill": component(kind="distill", ratio_clip=2.0, select=mine),
+        "verifier": component(kind="policy", rewards=VERIFIER, select=mine),
     }
-    alone = engine(model, mixed[:12], components, judge)
-    assert_same(engine(model, mixed, components, judge), alone, rtol=1e-10)
-    policy = engine(model, mixed, {"verifier": Component(kind="policy")})
+    alone = engine(model, seen(mixed[:12]), components)
+    assert_same(engine(model, seen(mixed), components), alone, rtol=1e-10)
+    policy = engine(model, seen(mixed, False), {"verifier": component(kind="policy", rewards=VERIFIER)})
     assert math.isfinite(policy[0]) and bool(torch.isfinite(policy[1]).all())
 
 
-def test_coefficients_follow_their_schedule(sampled):
-    packed = pack(sampled)
+def test_coefficients_follow_their_schedule(sampled, seen):
     for kind, middle in (("linear", 0.75), ("cosine", 1.0 - 0.5 * (1 - math.cos(math.pi / 4)))):
-        component = Component(kind="ce", coef=Schedule(kind=kind, start=1.0, end=0.0))
+        one = component(kind="ce", coef=Ramp(kind=kind, start=1.0, end=0.0))
         sums = [
-            float(planned(packed, sampled, {"c": component}, progress=at).coefficients["c"].sum())
+            float(planned(seen(sampled, False), {"c": one}, progress=at).parts["c"].coefficients.sum())
             for at in (0.0, 0.25, 1.0, 2.0)
         ]
         assert sums == pytest.approx([1.0, middle, 0.0, 0.0], abs=1e-5)
@@ -360,7 +307,12 @@ def test_coefficients_follow_their_schedule(sampled):
 
 MIX = {
     "distill": {"kind": "distill", "ratio_clip": 2.0, "select": {"actor": "student"}},
-    "verifier": {"kind": "policy", "coef": 0.3, "select": {"actor": "student", "source": "rollout"}},
+    "verifier": {
+        "kind": "policy",
+        "coef": 0.3,
+        "select": {"actor": "student", "source": "rollout"},
+        "rewards": VERIFIER,
+    },
     "correction": {"kind": "ce", "coef": 0.05, "select": {"actor": "teacher", "source": "correction"}},
 }
 
@@ -379,39 +331,36 @@ def session(model, **trainer):
     )  # fmt: skip
 
 
-def test_measuring_gradient_shares_changes_no_gradient(model, judge, mixed):
-    mine, packed = session(model), pack(mixed)
-    components = mine.config.loss.components
-    todo = planned(packed, mixed, components, {"verifier": advantages(mixed, "std")})
-    signal, owned = signal_of(judge, packed), torch.ones(len(packed.target), dtype=torch.bool)
+def test_measuring_gradient_shares_changes_no_gradient(model, mixed, seen):
+    mine, experience = session(model), seen(mixed)
+    todo = planned(experience, mine.config.loss.components)
 
     def measure(shares):
         model.zero_grad()
-        losses = accumulate(mine, packed, todo, signal, owned, shares=shares)
+        losses = accumulate(mine, experience, todo, shares=shares)
         return losses, gradient_of(model)
 
     plainly, measured = measure(False), measure(True)
     torch.testing.assert_close(measured[1], plainly[1], rtol=1e-9, atol=1e-12)
     shares = {key: value for key, value in measured[0].items() if key.startswith("grad_share/")}
-    assert {k: v for k, v in measured[0].items() if k not in shares} == pytest.approx(plainly[0])
+    assert {k: v for k, v in measured[0].items() if k.startswith("loss")} == pytest.approx(plainly[0])
     assert plainly[0]["loss"] == pytest.approx(sum(plainly[0][f"loss/{name}"] for name in MIX))
     norms = {}
-    for name, component in components.items():  # each component alone
-        alone = dataclasses.replace(
-            todo, components={name: component}, coefficients={name: todo.coefficients[name]}
-        )
+    for name, part in todo.parts.items():  # each component alone
         model.zero_grad()
-        accumulate(mine, packed, alone, signal, owned, shares=False)
+        accumulate(mine, experience, Plan({name: part}), shares=False)
         norms[name] = float(gradient_of(model).norm())
+        assert measured[0][f"grad_norm/{name}"] == pytest.approx(norms[name])
     assert shares == pytest.approx({f"grad_share/{n}": v / sum(norms.values()) for n, v in norms.items()})
     assert sum(shares.values()) == pytest.approx(1.0) and min(shares.values()) > 0
 
 
-def test_minibatches_deal_out_every_trajectory_once(model, mixed):
-    packed = pack(mixed)
-    masks = list(minibatches(session(model, updates_per_step=3), packed, mixed))
+def test_minibatches_deal_out_every_trajectory_once(model, mixed, seen):
+    experience = seen(mixed, False)
+    packed = experience.packed
+    masks = list(minibatches(session(model, updates_per_step=3), experience))
     assert torch.stack(masks).sum(0).tolist() == [1] * len(packed.target)
     owners = [set(packed.episode[mask].tolist()) for mask in masks]
     assert sum(map(len, owners)) == len(mixed) and max(map(len, owners)) - min(map(len, owners)) <= 2
-    again = list(minibatches(session(model, updates_per_step=3), packed, mixed))
+    again = list(minibatches(session(model, updates_per_step=3), experience))
     assert all(torch.equal(a, b) for a, b in zip(masks, again, strict=True))

@@ -19,7 +19,8 @@ from opd_agents.credit import advantages, assign_credit, factors, with_factors
 from opd_agents.envs import import_plugins
 from opd_agents.errors import AlignmentError, ConfigError, RunFolderError, UserError
 from opd_agents.plugins import load_credit, load_object, load_reward
-from opd_agents.session import Session, newest_checkpoint
+from opd_agents.runs import newest_checkpoint
+from opd_agents.session import Session
 from opd_agents.teachers import HiddenStates
 from opd_agents.teachers.local import LocalTeacher
 from opd_agents.trainer import train

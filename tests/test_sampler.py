@@ -7,12 +7,12 @@ from rolling import LIMITS, desk_episodes, rolled, sampler
 from scipy.stats import chisquare
 
 from opd_agents.batch import pack
-from opd_agents.credit import check_behaviour, frozen_terms
+from opd_agents.frozen import check_behaviour, frozen_terms
 from opd_agents.errors import AlignmentError
-from opd_agents.policies import History
-from opd_agents.policies import sampler as sampler_module
+from opd_agents.policies import History, reader
 from opd_agents.policies.models import build_model, forward_flops
-from opd_agents.policies.sampler import TransformersSampler, common_length
+from opd_agents.policies.reader import common_length
+from opd_agents.policies.sampler import TransformersSampler
 from opd_agents.types import Actor, Outcome, StopReason
 
 ENDS = frozenset(range(14))  # a tenth of the vocabulary ends an action, so that rows end at different times
@@ -138,7 +138,7 @@ def test_a_common_beginning_is_fed_once_and_changes_nothing(tiny_llama, desk_cha
     )
     shared = three_turns(once := ended_by_many(model))
     assert widths[:2] == [(1, 90), (4, 5)]
-    monkeypatch.setattr(sampler_module, "SHARED_TOKENS", 10**9)
+    monkeypatch.setattr(reader, "SHARED_TOKENS", 10**9)
     alone = three_turns(each := ended_by_many(model))
     assert [a.ids for a in shared] == [a.ids for a in alone]
     for one, other in zip(shared, alone, strict=True):
@@ -217,9 +217,9 @@ def test_a_call_that_fails_leaves_no_half_extended_cache(tiny_llama):
 def test_a_cache_is_kept_until_it_is_released(student, desk_chat):
     policy = sampler(student, desk_chat)
     rolled(desk_episodes(3, max_turns=2), policy, desk_chat)
-    assert policy._cached is not None
+    assert policy.reader.keeps
     policy.release()
-    assert policy._cached is None
+    assert not policy.reader.keeps
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
@@ -228,11 +228,11 @@ def test_recorded_log_probs_are_those_that_the_trainer_scores(student, desk_chat
     trajectories = rolled(desk_episodes(6, max_turns=4), policy, desk_chat, temperature=temperature)
     packed = pack(trajectories)
     assert len(packed.target) > 100
-    frozen = frozen_terms(student, packed, None, temperature, max_tokens=400)
+    frozen = frozen_terms(student, packed, {}, temperature, max_tokens=400)
     torch.testing.assert_close(frozen.logprob, packed.behaviour, atol=1e-4, rtol=0)
     worst = check_behaviour(packed, trajectories, frozen, 0, 1e-4)
     assert worst == float((frozen.logprob - packed.behaviour).abs().max())
-    other = frozen_terms(student, packed, None, temperature * 1.1, max_tokens=400)
+    other = frozen_terms(student, packed, {}, temperature * 1.1, max_tokens=400)
     with pytest.raises(AlignmentError, match="temperature"):
         check_behaviour(packed, trajectories, other, 0, 1e-3)
 
@@ -242,7 +242,7 @@ def test_other_weights_are_noticed_but_other_versions_and_actors_left_alone(tiny
     changed = tiny_llama(seed=1)
     with torch.no_grad():
         changed.model.layers[0].mlp.up_proj.weight.mul_(1.05)
-    frozen = frozen_terms(changed, packed, None, 1.3, max_tokens=10_000)
+    frozen = frozen_terms(changed, packed, {}, 1.3, max_tokens=10_000)
     with pytest.raises(AlignmentError, match="weights"):
         check_behaviour(packed, sampled, frozen, 0, 1e-3)
     assert check_behaviour(packed, sampled, frozen, 1, 1e-3) == 0.0
@@ -255,7 +255,7 @@ def test_other_weights_are_noticed_but_other_versions_and_actors_left_alone(tiny
 
 def test_a_nan_log_prob_is_refused(student, sampled):
     packed = pack(sampled)
-    frozen = frozen_terms(student, packed, None, 1.3, max_tokens=10_000)
+    frozen = frozen_terms(student, packed, {}, 1.3, max_tokens=10_000)
     frozen.logprob[3] = float("nan")
     with pytest.raises(AlignmentError):
         check_behaviour(packed, sampled, frozen, 0, 1e-3)

@@ -12,7 +12,8 @@ from thinking import byte_tokenizer, chat_of, published
 
 from opd_agents.batch import pack
 from opd_agents.config import Component, Select, load_config
-from opd_agents.credit import assign_credit, check_behaviour, frozen_terms
+from opd_agents.credit import assign_credit
+from opd_agents.frozen import check_behaviour, frozen_terms
 from opd_agents.errors import AlignmentError, ConfigError
 from opd_agents.evaluation.evaluate import load_contestant
 from opd_agents.loss import micro_losses, plan, selected
@@ -132,7 +133,7 @@ def test_forced_ids_stand_in_rows_and_in_nothing_that_is_counted(chat, model, ep
     for row, position in places:
         assert int(packed.rows[row][position]) in closing
     assert float(packed.per_turn(torch.ones(len(packed.target))).sum()) == len(packed.target)
-    frozen = frozen_terms(model, packed, None, 1.0, 10_000)
+    frozen = frozen_terms(model, packed, {}, 1.0, 10_000)
     assert check_behaviour(packed, episodes, frozen, 0, 1e-3) < 1e-3
     assert len(assign_credit(packed, episodes, frozen, {}, {})) == len(episodes)
 

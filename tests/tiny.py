@@ -20,7 +20,7 @@ BRIEF = {"system": "", "kwargs": {"include_tools": False}}
 SUITE = str(Path(__file__).with_name("parity.yaml"))
 LIMITS = {"max_tokens_per_turn": 8, "max_context_tokens": 96}
 DISTILL = {"kind": "distill", "ratio_clip": 2.0, "select": {"actor": "student"}}
-POLICY = {"kind": "policy", "select": {"actor": "student", "source": "rollout"}}
+POLICY = {"kind": "policy", "select": {"actor": "student", "source": "rollout"}, "rewards": {"verifier": {}}}
 REPAIRED = {"kind": "ce", "coef": 0.1, "select": {"actor": "teacher", "source": "correction"}}
 MIX = {
     "teacher": {"model": "filled in by tiny()"},
@@ -130,9 +130,9 @@ def _files(checkpoint: Path) -> dict[str, Any]:
     """The files of a checkpoint, but for those that say how it was loaded."""
     loading = ("config.json", "tokenizer_config.json", "adapter_config.json")
     return {
-        path.name: timeless(json.loads(path.read_text()))
+        str(path.relative_to(checkpoint)): timeless(json.loads(path.read_text()))
         if path.name == "trainer.json"
         else path.read_bytes()
-        for path in checkpoint.iterdir()
-        if path.name not in loading
+        for path in checkpoint.rglob("*")
+        if path.is_file() and path.name not in loading
     }

@@ -124,10 +124,17 @@ class Chat:
         """All up to where the next action begins. ``messages``, which may hold past turns, hold no system
         message. Raises ConfigError where the template refuses or drops a message, and for ``tools`` whose
         calls the chat could not read."""
-        self._check_readable(tools)
+        return self.written_ids(self.opening(messages, system), tools)
+
+    def opening(self, messages: Sequence[Message], system: str) -> list[Message]:
+        """``messages`` behind the system prompt: the environment's ``system``, or the chat's own."""
         system = system if self.system is None else self.system
-        opening = [Message("system", system)] if system else []
-        plain = [self._plain.message(message) for message in (*opening, *messages)]
+        return [*([Message("system", system)] if system else []), *messages]
+
+    def written_ids(self, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> tuple[int, ...]:
+        """All ``messages`` as they are and the generation prompt; raises as :meth:`prompt_ids`."""
+        self._check_readable(tools)
+        plain = [self._plain.message(message) for message in messages]
         return self._encode(self._template.prompt(plain, [self._plain.tool(tool) for tool in tools]))
 
     def suffix_ids(
@@ -236,6 +243,13 @@ class Chat:
         if not self._writes(message, tools):
             message = dataclasses.replace(message, content=parsed.text, tool_calls=(), reasoning=None)
         return dataclasses.replace(message, content=self._special.sub("", message.content))
+
+    def token_id(self, text: str) -> int:
+        """The token whose text this is. Raises ConfigError where it is none, or several."""
+        ids = self._encode(text)
+        if len(ids) != 1 or (ids[0] == self.tokenizer.unk_token_id and text != self.tokenizer.unk_token):
+            raise ConfigError(f"{text!r} is no single token of the student's tokenizer, but {ids}.")
+        return ids[0]
 
     def spells_control(self, text: str) -> str | None:
         """The first control token, such as an end of turn, that ``text`` spells; None if it spells none."""

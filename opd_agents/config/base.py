@@ -52,3 +52,14 @@ class Adaptive(Section):
 Schedule: TypeAlias = Annotated[Ramp | Switch | Adaptive, Field(discriminator="kind")]
 Scheduled: TypeAlias = Annotated[float, Field(ge=0)] | Schedule
 SignedScheduled: TypeAlias = float | Schedule
+
+
+def lowest(schedule: float | Schedule) -> float:
+    """The least value that it may ever take."""
+    match schedule:
+        case Adaptive():
+            return schedule.low
+        case Ramp() | Switch():
+            return min(schedule.start, schedule.end)
+        case constant:
+            return constant

@@ -30,6 +30,7 @@ def check_run(config: RunConfig) -> None:
     _references_given(config)
     _sources_fit(config)
     _groups_fit(config)
+    _conditioning_fits(config)
 
 
 def _models_given(config: RunConfig) -> None:
@@ -134,6 +135,19 @@ def _groups_fit(config: RunConfig) -> None:
         raise ValueError("rollout.demonstrations.when: group_failed looks at the student's episodes")
     if any(isinstance(c, Distill) and c.ratio_clip and rollout.source == "expert" for c in components):
         raise ValueError("`ratio_clip` clips ratios to sampling log-probs: the expert's actions have none")
+
+
+def _conditioning_fits(config: RunConfig) -> None:
+    for teacher in filter(None, (config.teacher, *config.references.values())):
+        sources = set(teacher.conditioning.sources if teacher.conditioning else ())
+        if "peer" in sources and config.rollout.group_size < 2:
+            raise ValueError("conditioning.sources: peer is of a group: rollout.group_size must be >= 2")
+        acts = teacher is config.teacher and _teacher_acts(config)
+        if acts and sources and not sources & {"text", "expert"}:
+            raise ValueError(
+                "a teacher that acts knows neither peers nor feedback of an episode to come: its"
+                " conditioning.sources need `text` or `expert`"
+            )
 
 
 def _selects(component: object) -> list[Select]:

@@ -44,13 +44,13 @@ class Select(Section):
 
     actor: Actor | None = None
     source: Literal["rollout", "correction", "demonstration"] | None = None
-    outcome: Outcome | None = None
+    outcome: Outcome | list[Outcome] | None = None
     spans: list[SpanKind] | None = None
 
     @model_validator(mode="after")
     def _chosen_tokens(self) -> Select:
-        if self.spans == []:
-            raise ValueError("`spans` is empty and would select nothing; leave it out for all tokens")
+        if self.spans == [] or self.outcome == []:
+            raise ValueError("`spans` or `outcome` is empty and would select nothing; leave it out for all")
         if self.spans and SpanKind.FORCED in self.spans:
             raise ValueError("`spans`: forced tokens are no choice of the model and are never trained")
         return self
@@ -158,6 +158,11 @@ class ReferencePart(Section):
     def _something_counts(self) -> ReferencePart:
         if not self.include_now and self.discount == 0:
             raise ValueError("`include_now: false` with `discount: 0` leaves no d at all")
+        if self.baseline == "closed_form" and (self.length_normalise or not self.include_now):
+            raise ValueError(
+                "`baseline: closed_form` is that of a token's own d, undivided: not for `include_now: false`"
+                " or `length_normalise`"
+            )
         return self
 
 
@@ -170,6 +175,15 @@ class RewardPart(Section):
     normalise: Literal["std", "batch_std", "none"] = "std"
     unfinished: Literal["scored", "masked"] = "scored"  # episodes that a budget cut off
     gates: list[Weight] = []
+
+    @model_validator(mode="after")
+    def _comparable(self) -> RewardPart:
+        if self.baseline == "none" and self.normalise != "none":
+            raise ValueError(
+                "`normalise` divides by the spread of rewards, which is 0 where they agree: with `baseline:"
+                " none` say `normalise: none`"
+            )
+        return self
 
 
 class Policy(_Component):
@@ -203,6 +217,8 @@ class Policy(_Component):
             mismatch_low=(self.mismatch == "icepop", "of mismatch icepop"),
             mismatch_high=(self.mismatch is not None, "of mismatch tis and icepop"),
         )
+        if self.mismatch_high is not None and self.mismatch_high <= (self.mismatch_low or 0):
+            raise ValueError("`mismatch_low` must be below `mismatch_high`")
         if self.ratio in ("shaped", "none") and self.mismatch:
             raise ValueError(f"`mismatch` corrects a ratio to old log-probs: ratio {self.ratio} has none")
         return self

@@ -22,8 +22,8 @@ def method_text(name: str) -> str:
 
 
 def list_methods() -> list[dict[str, Any]]:
-    """The shipped presets: name, title, paper, family, signal, verified."""
-    keys, rows = ("title", "paper", "family", "signal", "verified"), []
+    """The shipped presets: name, title, paper, family, signal, formula, cost, verified."""
+    keys, rows = ("title", "paper", "family", "signal", "formula", "cost", "verified"), []
     for name in _method_names():
         raw = yaml.safe_load(method_text(name))
         rows.append({"name": name} | {key: raw[key] for key in keys})

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from opd_agents.config.base import PLUG_IN, Scheduled, Section
+from opd_agents.config.base import PLUG_IN, Scheduled, Section, lowest
 from opd_agents.config.loss import Loss
 
 
@@ -166,11 +166,13 @@ class Rollout(Section):
         return {self.source} if isinstance(self.source, str) else set(self.source)
 
     @model_validator(mode="after")
-    def _whole_groups(self) -> Rollout:
+    def _playable(self) -> Rollout:
         if self.episodes_per_step % self.group_size:
             raise ValueError(
                 f"episodes_per_step {self.episodes_per_step} is no multiple of group_size {self.group_size}"
             )
+        if self.max_action_tokens is not None and lowest(self.max_action_tokens) < 1:
+            raise ValueError("`max_action_tokens` falls below 1, which leaves no room for an action")
         return self
 
 

@@ -131,7 +131,8 @@ def _earliest_errors(
     found: dict[int, int] = {}
     for (episode, turn), value in zip(packed.turns, packed.per_turn(teacher_logprob).tolist(), strict=True):
         trajectory = trajectories[episode]
-        failed = trajectory.outcome in (Outcome.FAILURE, Outcome.UNFINISHED) and not trajectory.recorded
+        played = not (trajectory.recorded or trajectory.demonstration)
+        failed = trajectory.outcome in (Outcome.FAILURE, Outcome.UNFINISHED) and played
         if failed and value < below:
             found.setdefault(episode, turn)
     return [(trajectories[episode], turn) for episode, turn in sorted(found.items())]
@@ -153,10 +154,9 @@ def _propose(
     """Restore each state and let the teacher act in it; None for a repair that would change nothing."""
     restored = [(parent, turn, restore(parent, turn, make)) for parent, turn in chosen]
     histories = [
-        History(
-            parent.uid, (0, 0, 0), _ids_before(parent, turn), parent.messages, limits.max_tokens_per_turn, env
-        )
+        History(parent.uid, (0, 0, 0), _ids_before(parent, turn), parent.messages, most, env)
         for parent, turn, env in restored
+        for most in [min(limits.max_tokens_per_turn, limits.action_room(parent.turns[:turn]))]
     ]
     proposals: list[_Proposal | None] = []
     for (parent, turn, env), history, action in zip(restored, histories, teacher.act(histories), strict=True):

@@ -2,120 +2,211 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from opd_agents.errors import AlignmentError, ConfigError
-from opd_agents.objectives.divergence import DIVERGENCES, Kind, check_kind, entropy, log_distribution
-
-Head = Callable[[Tensor], Tensor]
-"""Hidden states ``[n, H]`` to logits ``[n, V]``, with the bias, adapter or soft cap that belongs to it."""
+from opd_agents.objectives.divergence import (
+    entropy,
+    kl_terms,
+    log_distribution,
+    total,
+)
+from opd_agents.objectives.estimators import of_tokens
+from opd_agents.objectives.measures import Measure, measured, measured_sampled, measured_top_k
+from opd_agents.objectives.targets import (
+    FullTarget,
+    Head,
+    SampledTarget,
+    Target,
+    TopKTarget,
+    check_behaviour,
+    check_ids,
+    check_measure,
+    check_target,
+)
 
 CHUNK_ELEMENTS = 2**23  # 32 MiB in float32
 
 
-class TokenTerms(NamedTuple):
-    """Terms of N action tokens, each ``[N]`` in nats, at least float32, differentiable in the student."""
+class ReferenceTerms(NamedTuple):
+    """What a reference p says of N action tokens, ``[N]`` each, without gradient, at the sampler's
+    temperature; the last three need all of p (`FullTarget`) and are None otherwise."""
 
-    divergence: Tensor | None
-    """Divergence between teacher and student at each position; None where no kind was asked for."""
+    logprob: Tensor
+    """log p(action), nats."""
+    kl: Tensor | None
+    """KL(q || p), from the student to the reference, nats; inf where p lacks a token that q has."""
+    entropy: Tensor | None
+    """Entropy of p, nats."""
+    rank: Tensor | None
+    """int64: how many tokens p has more probable than the student's most probable one; 0 = they agree."""
+
+
+class TokenTerms(NamedTuple):
+    """Terms of N action tokens, each ``[N]`` in nats, at least float32; all but ``references`` are
+    differentiable in the student."""
+
     logprob: Tensor
     """log q(action), the log-probability of the action token under the student."""
     entropy: Tensor
     """Entropy of the student's distribution."""
+    divergences: dict[str, Tensor]
+    """Per component the measure of its target."""
+    references: dict[str, ReferenceTerms]
+    """Per target, where ``statistics`` were asked for; else empty."""
 
 
 def token_terms(
     student_hidden: Tensor,
     student_head: Head,
-    teacher_hidden: Tensor | None,
-    teacher_head: Head | None,
     action_ids: Tensor,
     *,
-    kind: Kind | None,
-    beta: float = 0.5,
     temperature: float = 1.0,
+    targets: Mapping[str, Target] = {},
+    measures: Mapping[str, tuple[str, Measure]] = {},
+    behaviour: Tensor | None = None,
+    statistics: bool = False,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> TokenTerms:
-    """Divergence, log-prob and entropy of N action tokens from hidden states.
+    """Log-prob, entropy and any number of divergences of N action tokens from hidden states.
 
-    Arguments: ``student_hidden [N, Hs]`` and ``teacher_hidden [N, Ht]``, the states that *predict* the action
-    tokens (rows gathered by the caller, shifted by one), and ``action_ids [N]`` (integers). Nothing is
-    averaged or weighted. All three terms belong to softmax(logits / temperature), ``temperature`` being that
-    of the sampler, so that ``logprob`` compares with the log-probs recorded in sampling; the divergence
-    applies it to both models. ``kind`` and ``beta`` as in `divergence`; with ``kind=None`` the teacher may be
-    None and is not read.
+    Arguments: ``student_hidden [N, Hs]``, the states that *predict* the action tokens (rows gathered by the
+    caller, shifted by one), and ``action_ids [N]`` (integers); ``targets``, what references say at the same
+    positions, by name; ``measures``, per component the name of its target and how far it is (see `Measure`).
+    Nothing is averaged or weighted.
 
-    Differentiable in ``student_hidden`` and in whatever the student head holds; the teacher is run without
-    gradient. When N * V exceeds ``chunk_elements`` the rows are taken in chunks of at most that many logits
-    (at least one row), and each chunk's logits are computed anew in the backward pass, for one more
-    projection of each model: the peak is about ten tensors of ``chunk_elements`` whatever N is. Below it the
-    one chunk is kept.
+    ``logprob``, ``entropy`` and ``references`` belong to softmax(logits / ``temperature``), the sampler's, so
+    that ``logprob`` compares with the log-probs recorded in sampling. A measure has temperatures of its own
+    for both sides, applied to logits; log-probs that come ready made (`TopKTarget`, `SampledTarget`) are
+    those of ``temperature``, and no other. ``behaviour [N]`` are the log-probs the tokens were sampled with,
+    which measures that sample divide by; None, and NaN where a token was not sampled, stand for the current
+    log-prob, detached.
 
-    Raises AlignmentError where rows, vocabularies or ids do not fit together, ConfigError where a kind is
-    asked for without a teacher, and what `divergence` raises.
+    Differentiable in ``student_hidden`` and in whatever the student head holds; targets are taken without
+    gradient. A chunk takes one projection of the student and one of each `FullTarget` that is asked for, and
+    one softmax per distinct temperature of each, whatever the number of measures. When N * V exceeds
+    ``chunk_elements`` the rows are taken in chunks of at most that many logits (at least one row), and each
+    chunk is computed anew in the backward pass, statistics included. The peak does not depend on N: about 6
+    tensors of ``chunk_elements``, and of each measure 2 (the KLs and tvd) to 7 (jsd) more. Below it the one
+    chunk is kept.
+
+    Raises AlignmentError where rows, vocabularies or ids do not fit together, and for log-probs that are NaN,
+    above 0 or in half precision; ConfigError for a measure that its target cannot serve; and what the
+    measures raise.
     """
-    vocabulary = student_head(student_hidden[:1].detach()).shape[-1]
-    _check_rows(student_hidden, action_ids, vocabulary)
-    if kind is not None:
-        check_kind(kind, beta)
-        _check_teacher(kind, len(student_hidden), vocabulary, teacher_hidden, teacher_head)
+    with torch.no_grad():
+        vocabulary = student_head(student_hidden[:1]).shape[-1]
+    rows = len(student_hidden)
+    check_ids("action ids", action_ids, [rows], vocabulary)
+    if behaviour is not None:
+        check_behaviour(behaviour, [rows])
+    for name, target in targets.items():
+        check_target(name, target, rows, vocabulary)
+    for name, (reference, measure) in measures.items():
+        check_measure(name, measure, reference, targets, temperature)
 
-    def terms(rows: slice) -> TokenTerms:
-        log_q = log_distribution(student_head(student_hidden[rows]), temperature)
-        distance = None
-        if kind is not None and teacher_hidden is not None and teacher_head is not None:
-            with torch.no_grad():
-                log_p = log_distribution(teacher_head(teacher_hidden[rows]), temperature)
-            distance = DIVERGENCES[kind](log_q, log_p, beta)
-        return TokenTerms(distance, log_q.gather(-1, action_ids[rows, None]).squeeze(-1), entropy(log_q))
+    of_student = {temperature, *(measure.temperature_student for _, measure in measures.values())}
+    of_targets = {name: {temperature} if statistics else set() for name in targets}
+    for reference, measure in measures.values():
+        of_targets[reference].add(measure.temperature_teacher)
+
+    def terms(chunk: slice) -> TokenTerms:
+        ids = action_ids[chunk]
+        log_q = _tempered(student_head(student_hidden[chunk]), of_student)
+        own = log_q[temperature]
+        logprob = of_tokens(own, ids)
+        drawn = logprob.detach()
+        if behaviour is not None:
+            recorded = behaviour[chunk].detach()
+            drawn = torch.where(recorded.isnan(), drawn, recorded)
+        known = {name: _known(target, chunk, of_targets[name]) for name, target in targets.items()}
+        divergences = {
+            name: _divergence(measure, log_q[measure.temperature_student], known[reference], ids, drawn)
+            for name, (reference, measure) in measures.items()
+        }
+        of_reference = known if statistics else {}
+        references = {name: _statistics(own, p, ids, temperature) for name, p in of_reference.items()}
+        return TokenTerms(logprob, entropy(own), divergences, references)
 
     size = max(1, chunk_elements // vocabulary)
-    if len(student_hidden) <= size:
+    if rows <= size:
         return terms(slice(None))
-    starts = range(0, len(student_hidden), size)
-    chunks = [checkpoint(terms, slice(start, start + size), use_reentrant=False) for start in starts]
+    starts = range(0, rows, size)
+    return _joined([checkpoint(terms, slice(start, start + size), use_reentrant=False) for start in starts])
+
+
+_Known: TypeAlias = dict[float, Tensor] | TopKTarget | SampledTarget
+"""A target at the rows of a chunk; all of a distribution as log-probs [n, V] by temperature."""
+
+
+def _tempered(logits: Tensor, temperatures: Iterable[float]) -> dict[float, Tensor]:
+    return {temperature: log_distribution(logits, temperature) for temperature in temperatures}
+
+
+def _known(target: Target, chunk: slice, temperatures: Set[float]) -> _Known:
+    """Without gradient; what nobody asks for is not projected."""
+    match target:
+        case FullTarget(hidden, head):
+            with torch.no_grad():
+                return _tempered(head(hidden[chunk]), temperatures) if temperatures else {}
+        case TopKTarget(ids, logprobs, sampled):
+            return TopKTarget(ids[chunk], logprobs[chunk].detach(), sampled[chunk].detach())
+        case SampledTarget(logprob):
+            return SampledTarget(logprob[chunk].detach())
+
+
+def _divergence(
+    measure: Measure, log_q: Tensor, target: _Known, action_ids: Tensor, behaviour: Tensor
+) -> Tensor:
+    """The measure [n] between the student and a target, at its temperatures."""
+    match target:
+        case TopKTarget(ids, logprobs, sampled) if measure.signal == "teacher_top_k" and measure.k:
+            best, places = logprobs.topk(measure.k)
+            best_ids = ids.gather(-1, places)
+            return measured_top_k(log_q, best_ids, best, sampled, measure, action_ids, behaviour)
+        case TopKTarget(sampled=logprob) | SampledTarget(logprob):
+            return measured_sampled(of_tokens(log_q, action_ids), logprob, behaviour, measure)
+        case _:
+            return measured(log_q, target[measure.temperature_teacher], measure, action_ids, behaviour)
+
+
+@torch.no_grad()
+def _statistics(log_q: Tensor, target: _Known, action_ids: Tensor, temperature: float) -> ReferenceTerms:
+    match target:
+        case TopKTarget(sampled=logprob) | SampledTarget(logprob):
+            return ReferenceTerms(logprob, None, None, None)
+        case _:
+            log_p = target[temperature]
+            chosen = of_tokens(log_p, log_q.argmax(-1))
+            rank = (log_p > chosen[:, None]).sum(-1)
+            return ReferenceTerms(
+                of_tokens(log_p, action_ids), total(kl_terms(log_q, log_p)), entropy(log_p), rank
+            )
+
+
+def _joined(chunks: Sequence[TokenTerms]) -> TokenTerms:
+    """The terms of all rows, of those of consecutive chunks."""
+    divergences, references = chunks[0].divergences, chunks[0].references
     return TokenTerms(
-        None if kind is None else torch.cat([chunk.divergence for chunk in chunks]),
         torch.cat([chunk.logprob for chunk in chunks]),
         torch.cat([chunk.entropy for chunk in chunks]),
+        {name: torch.cat([chunk.divergences[name] for chunk in chunks]) for name in divergences},
+        {name: _joined_reference([chunk.references[name] for chunk in chunks]) for name in references},
     )
 
 
-def _check_rows(student_hidden: Tensor, action_ids: Tensor, vocabulary: int) -> None:
-    if action_ids.shape != student_hidden.shape[:1]:
-        raise AlignmentError(
-            f"token_terms: {list(student_hidden.shape)} hidden states need as many action ids, "
-            f"not {list(action_ids.shape)}."
-        )
-    if action_ids.numel() and not 0 <= int(action_ids.min()) <= int(action_ids.max()) < vocabulary:
-        raise AlignmentError(
-            f"token_terms: action ids from {int(action_ids.min())} to {int(action_ids.max())} do not fit the "
-            f"student's vocabulary of {vocabulary}; are they of another tokenizer, or is padding among them?"
-        )
+def _joined_reference(chunks: Sequence[ReferenceTerms]) -> ReferenceTerms:
+    def joined(parts: list[Tensor | None]) -> Tensor | None:
+        known = [part for part in parts if part is not None]
+        return torch.cat(known) if known else None
 
-
-def _check_teacher(
-    kind: str, rows: int, vocabulary: int, teacher_hidden: Tensor | None, teacher_head: Head | None
-) -> None:
-    if teacher_hidden is None or teacher_head is None:
-        raise ConfigError(
-            f"{kind} needs the teacher's hidden states and head, but got none. Use a teacher that gives "
-            "them, or leave the divergence out."
-        )
-    if len(teacher_hidden) != rows:
-        raise AlignmentError(
-            f"token_terms: {rows} positions of the student but {len(teacher_hidden)} of the teacher; "
-            "give the teacher's states at the same positions."
-        )
-    with torch.no_grad():
-        theirs = teacher_head(teacher_hidden[:1]).shape[-1]
-    if theirs != vocabulary:
-        raise AlignmentError(
-            f"token_terms: the teacher's vocabulary has {theirs} entries, the student's {vocabulary}. "
-            "A divergence needs the same vocabulary on both sides; use models that share their tokenizer."
-        )
+    return ReferenceTerms(
+        torch.cat([chunk.logprob for chunk in chunks]),
+        joined([chunk.kl for chunk in chunks]),
+        joined([chunk.entropy for chunk in chunks]),
+        joined([chunk.rank for chunk in chunks]),
+    )

@@ -16,6 +16,11 @@ from opd_agents.types import Actor, Credit, Outcome, SpanKind, StopReason, Traje
 
 MOST_TURNS = 40  # of one episode; the middle of a longer one is left out
 BEFORE, AFTER = "student_before", "student_after"
+CUT_BY = {
+    StopReason.LENGTH: "tokens per turn",
+    StopReason.CONTEXT: "context tokens",
+    StopReason.ACTIONS: "action tokens",
+}
 TIME_OUT = re.compile(r"time[sd]?[ -_]?out", re.IGNORECASE)
 # (before succeeded, after succeeded) -> how many to show: gains, and losses and shared failures as well.
 SHOWN = {(False, True): 2, (True, False): 1, (False, False): 1, (True, True): 1}
@@ -234,8 +239,7 @@ def _flags(turn: Turn) -> Iterator[tuple[str, str]]:
         yield "parse error", turn.parse_error
     if turn.tool_error:
         yield ("time-out" if TIME_OUT.search(turn.tool_error) else "tool error"), turn.tool_error
-    if turn.stop_reason in (StopReason.LENGTH, StopReason.CONTEXT):
-        limit = "tokens per turn" if turn.stop_reason is StopReason.LENGTH else "context tokens"
+    if limit := CUT_BY.get(turn.stop_reason):
         yield "cut", f"the limit of {limit} was reached"
     if turn.truncated:
         yield "turn limit", "the environment ended the episode unfinished"

@@ -1,0 +1,152 @@
+"""Components of the loss over the packed table: whom they select, how much each token weighs, and what a
+policy component's advantage is composed of. Without gradient, once per step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from opd_agents.batch import Packed
+from opd_agents.config import Policy, ReferencePart, RewardPart, Scheduled, Select
+from opd_agents.config.weights import Weight
+from opd_agents.errors import AlignmentError
+from opd_agents.objectives import group_advantages, reference_advantages, whitened
+from opd_agents.plugins import Reward
+from opd_agents.types import Outcome, Trajectory
+from opd_agents.weighting import WeightInputs, factor
+
+At: TypeAlias = Callable[[Scheduled], float]
+"""A coefficient's value at this step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """A policy component's advantage [N], its parts [N] by name, and of reward parts the episodes' own [E]."""
+
+    advantage: Tensor
+    parts: Mapping[str, Tensor]
+    rewards: Mapping[str, Tensor]
+
+
+def selected(packed: Packed, trajectories: Sequence[Trajectory], select: Select) -> Tensor:
+    """Weight of every action token [N] for one component: the turn's weight where selected, else 0.
+
+    Raises AlignmentError where tokens are to be selected by spans and a turn has none.
+    """
+    weights = []
+    for episode, index in packed.turns:
+        trajectory, turn = trajectories[episode], trajectories[episode].turns[index]
+        chosen = (select.actor is None or turn.actor is select.actor) and _of(trajectory, select)
+        weights.append(turn.weight if chosen else 0.0)
+    result = torch.tensor(weights)[packed.turn]
+    if select.spans is None:
+        return result
+    if bool((packed.kind < 0).any()):
+        raise AlignmentError(
+            f"select.spans {[kind.value for kind in select.spans]}: some actions were recorded without spans,"
+            " so it is not known which of their tokens these are; roll out with a chat, or leave spans out."
+        )
+    return torch.where(packed.of_kinds(select.spans), result, torch.zeros(()))
+
+
+def _of(trajectory: Trajectory, select: Select) -> bool:
+    outcomes = [select.outcome] if isinstance(select.outcome, Outcome) else select.outcome
+    return select.source in (None, source_of(trajectory)) and (
+        outcomes is None or trajectory.outcome in outcomes
+    )
+
+
+def source_of(trajectory: Trajectory) -> str:
+    if trajectory.branch is not None:
+        return "correction"
+    return "demonstration" if trajectory.demonstration else "rollout"
+
+
+def weigh(weights: Sequence[Weight], inputs: WeightInputs, at: At) -> Tensor:
+    """The product of further weights [N], 1 where there are none."""
+    result = torch.ones(len(inputs.target))
+    for weight in weights:
+        result = result * factor(weight, inputs, at)
+    return result
+
+
+def compose(
+    component: Policy,
+    packed: Packed,
+    trajectories: Sequence[Trajectory],
+    inputs: WeightInputs,
+    at: At,
+    rewards: Mapping[str, Reward],
+) -> Composed:
+    """``sum_j coef_j g_j d_j + sum_i coef_i g_i A_i`` of every token; ``rewards``: the plug-ins of parts."""
+    parts, compared = {}, {}
+    for name, part in component.references.items():
+        parts[name] = reference_part(part, inputs, at)
+    for name, reward_part in component.rewards.items():
+        own = reward_advantages(trajectories, reward_part, component.select, rewards.get(name))
+        parts[name] = _reward_part(reward_part, own[packed.episode], inputs, at)
+        compared[name] = own
+    total = torch.stack(list(parts.values())).sum(0)
+    if component.whiten:
+        total = whitened(total, inputs.selected.float())
+    return Composed(total, parts, compared)
+
+
+def reference_part(part: ReferencePart, inputs: WeightInputs, at: At) -> Tensor:
+    terms = inputs.references[part.reference]
+    values = reference_advantages(
+        terms.logprob - inputs.logprob, inputs.episode, discount=part.discount, include_now=part.include_now,
+        length_normalise=part.length_normalise, clip=part.clip,
+        kl=terms.kl if part.baseline == "closed_form" else None,
+    )  # fmt: skip
+    return at(part.coef) * weigh(part.gates, inputs, at) * values
+
+
+def _reward_part(part: RewardPart, advantage: Tensor, inputs: WeightInputs, at: At) -> Tensor:
+    gates = torch.ones(len(advantage))
+    for gate in part.gates:
+        gates = gates * factor(gate, inputs, at, advantage)
+    return at(part.coef) * gates * advantage
+
+
+def reward_advantages(
+    trajectories: Sequence[Trajectory], part: RewardPart, select: Select, reward: Reward | None = None
+) -> Tensor:
+    """Advantage of each trajectory [E]; 0 for branches, errors and ungrouped episodes.
+
+    ``reward`` of a trajectory is what is compared; None: what the environment gave. A group's demonstrations
+    are compared with the student's episodes, unless ``select.source`` is rollout. An unfinished episode
+    counts with the reward that it has, or where the part masks it not at all, as one whose environment
+    failed.
+    """
+    names = {group: number for number, group in enumerate(sorted({t.group for t in trajectories}))}
+    alone = select.source == "rollout"
+    counted = [
+        i
+        for i, t in enumerate(trajectories)
+        if (t.group or part.baseline == "none")
+        and t.branch is None
+        and not t.recorded
+        and t.outcome is not Outcome.ERROR
+        and not (part.unfinished == "masked" and t.outcome is Outcome.UNFINISHED)
+        and not (alone and t.demonstration)
+    ]
+    result = torch.zeros(len(trajectories))
+    if counted:
+        given = [reward(trajectories[i]) if reward else trajectories[i].reward for i in counted]
+        groups = torch.tensor([names[trajectories[i].group] for i in counted])
+        result[counted] = group_advantages(
+            torch.tensor(given, dtype=torch.float32), groups, baseline=part.baseline, normalise=part.normalise
+        )
+    return result
+
+
+def of_component(inputs: WeightInputs, chosen: Tensor) -> WeightInputs:
+    """The inputs of a component that selects ``chosen`` (its weights [N])."""
+    return dataclasses.replace(inputs, selected=chosen != 0)

@@ -1,0 +1,116 @@
+"""One step's episodes: groups of a task each; those that teach nothing redrawn; demonstrations added."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple, TypeAlias, TypeVar
+
+from opd_agents.config import Policy, RunConfig
+from opd_agents.distributed import ALONE, World
+from opd_agents.plugins import Reward, load_reward
+from opd_agents.rollout import Episode
+from opd_agents.tasks import draw_demonstrations, draw_episodes, redraw_episodes
+from opd_agents.types import Outcome, Trajectory
+
+T = TypeVar("T")
+Play: TypeAlias = Callable[[Sequence[Episode]], Sequence[Trajectory]]
+"""Episodes in, what became of each out, in their order."""
+
+
+class Played(NamedTuple):
+    """``trajectories``: the step's groups in order, then demonstrations. ``redrawn`` counts the groups that
+    were replaced, each as often as it was; ``discarded_tokens`` are those that models wrote in them."""
+
+    trajectories: list[Trajectory]
+    redrawn: int = 0
+    discarded_tokens: int = 0
+
+    def metrics(self, config: RunConfig) -> dict[str, float]:
+        """Of what the config asks for."""
+        row: dict[str, float] = {}
+        if config.rollout.redraws:
+            row["groups/redrawn"] = self.redrawn
+        if config.rollout.demonstrations:
+            shown = [trajectory.success for trajectory in self.trajectories if trajectory.demonstration]
+            row["demonstrations/episodes"] = len(shown)
+            row |= {"demonstrations/success": sum(shown) / len(shown)} if shown else {}
+        return row
+
+
+def play_step(
+    config: RunConfig,
+    step: int,
+    sizes: Sequence[int],
+    play: Play,
+    demonstrate: Play,
+    world: World = ALONE,
+) -> Played:
+    """The episodes that a step learns from; a resume draws the same. ``sizes``: tasks per environment.
+
+    ``play`` rolls out for the source, ``demonstrate`` for ``rollout.demonstrations``. Groups of equal rewards
+    (:func:`equal_groups`) are replaced up to ``rollout.redraws`` times, then kept as they are. Demonstrations
+    come after, for the groups that are left. A group stays on one rank, and every rank gets all trajectories.
+    """
+    size, extra = config.rollout.group_size, config.rollout.demonstrations
+    episodes = draw_episodes(config, step, sizes)
+    groups = [*_chunks(world.shared(episodes, play, size), size)]
+    first = episodes[::size]
+    places: Sequence[int] = range(len(groups))
+    redrawn = discarded = 0
+    for attempt in range(1, config.rollout.redraws + 1):
+        places = world.from_main(partial(equal_groups, config, groups, places))
+        if not places:
+            break
+        discarded += sum(t.n_action_tokens for place in places for t in groups[place])
+        redrawn += len(places)
+        fresh = redraw_episodes(config, step, sizes, places, attempt)
+        played = _chunks(world.shared(fresh, play, size), size)
+        for place, one, group in zip(places, fresh[::size], played, strict=True):
+            first[place], groups[place] = one, group
+    trajectories = [trajectory for group in groups for trajectory in group]
+    if extra is not None:
+        taught = [
+            one
+            for one, group in zip(first, groups, strict=True)
+            if extra.when == "always" or not any(trajectory.success for trajectory in group)
+        ]
+        demonstrations = draw_demonstrations(config, step, taught)
+        trajectories += world.shared(demonstrations, demonstrate, extra.per_group)
+    return Played(trajectories, redrawn, discarded)
+
+
+def equal_groups(
+    config: RunConfig, groups: Sequence[Sequence[Trajectory]], places: Sequence[int]
+) -> list[int]:
+    """Those of the ``places`` whose groups give no advantage: of each reward that a `policy` component
+    compares, the environment's or a plug-in's, all episodes have the same. Episodes whose environment failed
+    do not count, nor unfinished ones where the part masks them. Raises UserError as :func:`load_reward`."""
+    compared = [*_compared(config)]
+
+    def equal(group: Sequence[Trajectory]) -> bool:
+        for reward, unfinished in compared:
+            ignored = {Outcome.ERROR} if unfinished else {Outcome.ERROR, Outcome.UNFINISHED}
+            if len({reward(one) for one in group if one.outcome not in ignored}) > 1:
+                return False
+        return True
+
+    return [place for place in places if equal(groups[place])]
+
+
+def _compared(config: RunConfig) -> Iterator[tuple[Reward, bool]]:
+    """The reward of each part of an advantage, and whether unfinished episodes count there."""
+    for name, component in config.loss.components.items():
+        if isinstance(component, Policy):
+            for part, settings in component.rewards.items():
+                key = f"loss.components.{name}.rewards.{part}.reward"
+                reward = load_reward(settings.reward, key) if settings.reward else _of_environment
+                yield reward, settings.unfinished == "scored"
+
+
+def _of_environment(trajectory: Trajectory) -> float:
+    return trajectory.reward
+
+
+def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
