@@ -26,13 +26,15 @@ from figures import as_text, markdown, spread
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from opd_agents.batch import Packed, pack
-from opd_agents.config import Component
+from opd_agents.composition import Composed
+from opd_agents.config import Distill, Policy, RewardPart
+from opd_agents.experience import Assigned, Experience
 from opd_agents.frozen import frozen_terms
-from opd_agents.loss import micro_losses, plan, selected
+from opd_agents.loss import micro_losses, plan
 from opd_agents.optimizers import ModelOptimizer
 from opd_agents.policies.models import forward_flops, head, hidden_states, local_device
 from opd_agents.policies.recomputation import prepare_recomputation, recomputed
-from opd_agents.teachers import HiddenStates
+from opd_agents.teachers import HiddenStates, TeacherSignal
 from opd_agents.types import Actor, Outcome, StopReason, Task, Trajectory, Turn
 
 SHAPE = {
@@ -44,7 +46,10 @@ TINY = SHAPE | {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
 }  # fmt: skip
-COMPONENTS = {"distill": Component(kind="distill", ratio_clip=2.0), "policy": Component(kind="policy")}
+COMPONENTS = {
+    "distill": Distill(kind="distill", ratio_clip=2.0),
+    "policy": Policy(kind="policy", rewards={"verifier": RewardPart()}),
+}
 TURNS = 8
 # Dense bfloat16 TFLOP/s of the data sheets, by a part of the device's name.
 PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0}
@@ -64,11 +69,15 @@ class Bench:
     def step(self) -> dict[str, float]:
         """Seconds of each part of one step; asserts that it has changed something by finite amounts."""
         signal, teacher = _timed(self._signal)
+        signals: dict[str, TeacherSignal] = {"teacher": signal}
         frozen, student = _timed(
-            lambda: frozen_terms(self.student, self.packed, signal, 1.0, self.micro_batch_tokens)
+            lambda: frozen_terms(self.student, self.packed, signals, 1.0, self.micro_batch_tokens)
         )
-        assert frozen.kl is not None and bool(frozen.kl.isfinite().all())
-        norm, update = _timed(lambda: self._update(signal))
+        kl = frozen.references["teacher"].kl
+        assert kl is not None and bool(kl.isfinite().all())
+        every = torch.ones(len(self.packed.target), dtype=torch.bool)
+        experience = Experience(tuple(self.trajectories), self.packed, signals, {}, frozen, every)
+        norm, update = _timed(lambda: self._update(experience))
         assert 0 < norm < float("inf")
         return {"teacher scores": teacher, "student scores": student, "update": update}
 
@@ -80,16 +89,16 @@ class Bench:
             hidden[micro.tokens] = hidden_states(self.teacher, micro.ids)[micro.row, micro.column]
         return HiddenStates(hidden, head(self.teacher))
 
-    def _update(self, signal: HiddenStates) -> float:
+    def _update(self, experience: Experience) -> float:
         """The norm of the gradient."""
-        packed = self.packed
-        weights = {name: selected(packed, self.trajectories, c.select) for name, c in COMPONENTS.items()}
-        advantages = {"policy": torch.linspace(-1, 1, len(self.trajectories))}
-        every = torch.ones(len(packed.target), dtype=torch.bool)
-        planned = plan(packed, COMPONENTS, weights, advantages, every, 0.0)
+        packed, every = self.packed, experience.owned
+        advantage = torch.linspace(-1, 1, len(self.trajectories))[packed.episode]
+        tokens, ones = dict.fromkeys(COMPONENTS, every), dict.fromkeys(COMPONENTS, every.float())
+        assigned = Assigned(tokens, ones, {"policy": Composed(advantage, {}, {})}, [])
+        planned = plan(experience, COMPONENTS, assigned, every, float, 1.0, experience.frozen.logprob)
         for micro in packed.micro_batches(self.micro_batch_tokens, planned.keep):
             with recomputed(self.student):
-                parts = micro_losses(self.student, packed, micro, planned, signal, 1.0)
+                parts = micro_losses(self.student, packed, micro, planned, experience.signals, 1.0)
             torch.stack(list(parts.values())).sum().backward()
             self.optimizer.collect()
         norm = self.optimizer.clip(1.0)

@@ -100,8 +100,11 @@ def compose(
 
 def reference_part(part: ReferencePart, inputs: WeightInputs, at: At) -> Tensor:
     terms = inputs.references[part.reference]
+    d = terms.logprob - inputs.logprob
+    # A token that the reference gives no probability stops the run, unless it is another component's matter.
+    d = torch.where(inputs.selected | d.isfinite(), d, torch.zeros(()))
     values = reference_advantages(
-        terms.logprob - inputs.logprob, inputs.episode, discount=part.discount, include_now=part.include_now,
+        d, inputs.episode, discount=part.discount, include_now=part.include_now,
         length_normalise=part.length_normalise, clip=part.clip,
         kl=terms.kl if part.baseline == "closed_form" else None,
     )  # fmt: skip

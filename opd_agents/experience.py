@@ -88,7 +88,10 @@ def score(session: Session, trajectories: Sequence[Trajectory]) -> Experience:
     if read:
         mean_context = packed.n_tokens / len(packed.rows) / 2
         session.totals["flops"] += forward_flops(session.model, packed.n_tokens, mean_context)
-        check_behaviour(packed, trajectories, frozen, session.step, **GAPS[config.student.dtype])
+        check_behaviour(
+            packed, trajectories, frozen, session.step, **GAPS[config.student.dtype],
+            teacher_share=config.rollout.teacher_share,
+        )  # fmt: skip
     return Experience(tuple(trajectories), packed, signals, taught, frozen, owned)
 
 

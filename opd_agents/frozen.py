@@ -20,6 +20,7 @@ from opd_agents.objectives import (
     TopKTarget,
     token_terms,
 )
+from opd_agents.policies.mixture import log_mixture
 from opd_agents.policies.models import head, hidden_states
 from opd_agents.teachers import HiddenStates, SampledLogprobs, TeacherSignal, TeacherTopK
 from opd_agents.types import Actor, Trajectory
@@ -129,8 +130,10 @@ def check_behaviour(
     version: int,
     tolerance: float,
     mean: float = math.inf,
+    teacher_share: float = 0.0,
 ) -> float:
-    """Largest |re-scored - recorded| log-prob of the student's tokens of policy ``version``.
+    """Largest |re-scored - recorded| log-prob of the student's tokens of policy ``version``, which the teacher
+    had its share in.
 
     Raises AlignmentError where it is above ``tolerance``, or the mean over tokens above ``mean``: another
     temperature, other weights, or misaligned tokens.
@@ -145,7 +148,10 @@ def check_behaviour(
     fresh = current[packed.turn] & ~packed.behaviour.isnan()
     if not bool(fresh.any()):
         return 0.0
-    gap = (frozen.logprob - packed.behaviour)[fresh].abs()
+    scored = frozen.logprob
+    if teacher_share:
+        scored = log_mixture(scored, frozen.references["teacher"].logprob, teacher_share)
+    gap = (scored - packed.behaviour)[fresh].abs()
     worst = float(gap.max())
     if not (worst <= tolerance and float(gap.sum()) <= mean * max(len(gap), FEW)):
         raise AlignmentError(

@@ -108,13 +108,13 @@ def plan(
             parts[name] = _preference(component, experience, batch, at(component.coef), current)
             continue
         weights = torch.where(batch, assigned.weights[name], torch.zeros(()))
+        counted = assigned.counted[name] & batch
         share = at(component.coef) * token_coefficients(
-            weights, assigned.counted[name] & batch, packed.turn, packed.episode,
-            component.denominator, component.constant,
-        )  # fmt: skip
+            weights, counted, packed.turn, packed.episode, component.denominator, component.constant
+        )
         if isinstance(component, Policy):
             advantage = assigned.composed[name].advantage
-            parts[name] = _policy(component, experience, share, advantage, current)
+            parts[name] = _policy(component, experience, share, counted, advantage, current)
         elif isinstance(component, Distill):
             parts[name] = Part(component, share, measure=measure(component, at, temperature))
         else:
@@ -142,7 +142,12 @@ def measure(component: Distill, at: At, temperature: float) -> Measure:
 
 
 def _policy(
-    component: Policy, experience: Experience, share: Tensor, advantages: Tensor, current: Tensor
+    component: Policy,
+    experience: Experience,
+    share: Tensor,
+    counted: Tensor,
+    advantages: Tensor,
+    current: Tensor,
 ) -> Part:
     packed, frozen = experience.packed, experience.frozen
     # A token that was not sampled has no behaviour log-prob: its ratio starts from the student's own.
@@ -156,7 +161,7 @@ def _policy(
     unit = None
     if looks_beyond(component):
         units = packed.turn if component.ratio == "turn" else packed.episode
-        unit = unit_log_ratios(current - old, units, share)
+        unit = unit_log_ratios(current - old, units, counted.float())
     return Part(component, share, policy=PolicyInputs(advantages, old, beside, unit))
 
 

@@ -147,7 +147,7 @@ def settings_of(config: RunConfig) -> dict[str, TeacherSettings]:
 def needs_of(config: RunConfig) -> Mapping[str, frozenset[Need]]:
     """Which references score the trajectories, and what of them is needed; others at most act."""
     needs = dict(reference_needs(config.loss.components))
-    if config.correction is not None:
+    if config.correction is not None or config.rollout.teacher_share:
         needs["teacher"] = needs.get("teacher", frozenset[Need]()) | {"sampled"}
     return needs
 

@@ -9,23 +9,24 @@ import pytest
 import tiny
 import torch
 from away import AWAY, Away, away, sent
+from engine import component, planned
 from rolling import desk_episodes, rolled, sampler
 from test_architectures import SAMPLED, SMALL
 from test_sampler import converse, ended_by_many
 
 from opd_agents.batch import pack
 from opd_agents.chat import Chat
-from opd_agents.config import Component
+from opd_agents.experience import Experience
 from opd_agents.frozen import check_behaviour, frozen_terms
-from opd_agents.loss import micro_losses, plan, selected
+from opd_agents.loss import micro_losses
 from opd_agents.policies.models import build_model, local_device
 from opd_agents.teachers.local import ModelTeacher
 from opd_agents.trainer import train
 
 COMPONENTS = {
-    "distill": Component(kind="distill", ratio_clip=2.0),
-    "policy": Component(kind="policy"),
-    "ce": Component(kind="ce", denominator="turn"),
+    "distill": component(kind="distill", ratio_clip=2.0),
+    "policy": component(kind="policy", references={"teacher": {}}),
+    "ce": component(kind="ce", denominator="turn"),
 }
 TEMPERATURE = 1.1
 
@@ -37,19 +38,20 @@ def one_step(student: Any, teacher: Any, chat: Chat) -> dict[str, Any]:
     packed = pack(episodes)
     signal = ModelTeacher(teacher, chat, TEMPERATURE).score(packed, 500)
     assert signal.hidden.device == packed.target.device
-    frozen = frozen_terms(student, packed, {"teacher": signal}, TEMPERATURE, 500)
+    signals = {"teacher": signal}
+    frozen = frozen_terms(student, packed, signals, TEMPERATURE, 500)
     check_behaviour(packed, episodes, frozen, 0, 1e-3)
-    weights = {name: selected(packed, episodes, c.select) for name, c in COMPONENTS.items()}
-    advantages = {"policy": torch.linspace(-1, 1, len(episodes))}
-    planned = plan(packed, COMPONENTS, weights, advantages, torch.ones_like(packed.target).bool(), 0.0)
+    every = torch.ones_like(packed.target).bool()
+    experience = Experience(tuple(episodes), packed, signals, {}, frozen, every)
+    todo = planned(experience, COMPONENTS, temperature=TEMPERATURE)
     losses = []
-    for micro in packed.micro_batches(500, planned.keep):
-        parts = micro_losses(student, packed, micro, planned, signal, TEMPERATURE)
+    for micro in packed.micro_batches(500, todo.keep):
+        parts = micro_losses(student, packed, micro, todo, signals, TEMPERATURE)
         torch.stack(list(parts.values())).sum().backward()
         losses.append(torch.stack([part.detach() for part in parts.values()]))
     return {
         "ids": [turn.action_ids for t in episodes for turn in t.turns],
-        "terms": [frozen.logprob, frozen.kl, frozen.teacher_logprob],
+        "terms": [frozen.logprob, frozen.entropy, *frozen.references["teacher"]],
         "losses": losses,
         "gradients": [p.grad for p in student.parameters()],
     }

@@ -217,8 +217,8 @@ def test_tokens_impossible_on_one_side(kind: Kind, options: dict[str, float], si
     narrow[0, 2] = -INF  # the second row stays regular
     q, p = ([0.5, 0.5, 0.0], [1 / 3] * 3) if side == "student" else ([1 / 3] * 3, [0.5, 0.5, 0.0])
     value = plain_terms(np.array(q), np.array(p), kind, **options).sum()
-    pair = (narrow, logits) if side == "student" else (logits, narrow)
-    ours, gradient = student_gradient(*pair, kind, **options)
+    student, teacher = (narrow, logits) if side == "student" else (logits, narrow)
+    ours, gradient = student_gradient(student, teacher, kind, **options)
     assert ours[0].item() == pytest.approx(value, rel=1e-13)
     assert ours[1].abs() < 1e-15 and gradient.isfinite().all()
     assert math.isfinite(value) or (gradient[0] == 0).all()

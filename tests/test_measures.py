@@ -1,4 +1,4 @@
-"""Measures against what they state: exact expectations over the vocabulary, coarse distributions, formulas."""
+"""Measures against what they state: exact expectations over the vocabulary, coarse ones, formulas."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from opd_agents.objectives.measures import Signal, measured, measured_sampled, m
 
 INF = math.inf
 N, V = 3, 7
-KINDS: dict[Kind, dict[str, float]] = {
+KINDS: dict[Kind, dict[str, Any]] = {
     "forward_kl": {},
     "reverse_kl": {},
     "jsd": {"beta": 0.3},
@@ -187,7 +187,7 @@ def test_each_estimator_and_ratio_has_its_expected_gradient() -> None:
 def test_estimators_take_the_pairs_whose_gradient_is_stated() -> None:
     for estimator, ratios in ESTIMATES.items():  # the config's table says the same
         for ratio, gives in ratios.items():
-            assert ESTIMATED.get((estimator, ratio), "") == gives.strip("?")  # type: ignore[call-overload]
+            assert ESTIMATED.get((estimator, ratio), "") == gives.strip("?")  # type: ignore[arg-type]
             for kind in KINDS:
                 options: dict[str, Any] = {
                     **KINDS[kind], "signal": "sampled", "estimator": estimator, "ratio": ratio
@@ -398,7 +398,7 @@ MEASURES: list[Measure] = [
         for renormalise in ("teacher", "both")
     ),
     *(
-        Measure(kind, signal="sampled", estimator=estimator, ratio=ratio)  # type: ignore[arg-type]
+        Measure(kind, signal="sampled", estimator=estimator, ratio=ratio)
         for (estimator, ratio), kind in ESTIMATED.items()
     ),
     Measure("reverse_kl", estimator="per_candidate"),
@@ -409,7 +409,7 @@ MEASURES: list[Measure] = [
 
 
 def random_case(seed: int, rows: int, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Logits with -inf on either side, action ids, a behaviour that may draw them, and -inf of the student."""
+    """Logits with -inf on either side, action ids, a behaviour that may draw them, what is -inf."""
     student, teacher = normal(seed, rows, V, scale=scale), normal(seed + 1, rows, V, scale=scale)
     ids = torch.randint(V, (rows,), generator=torch.Generator().manual_seed(seed + 2))
     mine, theirs = normal(seed + 3, rows, V) > 1, normal(seed + 4, rows, V) > 1

@@ -1,11 +1,12 @@
-"""Agreement with TRL's GKD loss, values and gradients."""
+"""Agreement with TRL: GKD's loss and the top-k losses of its self-distillation, values and gradients."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from opd_agents.objectives import Kind, divergence
+from opd_agents.objectives import Kind, Measure, divergence
+from opd_agents.objectives.measures import measured
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 2.0])
@@ -32,3 +33,32 @@ def test_divergence_is_that_of_trl(
     expected.backward()
     value.backward()
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("kind, alpha", [("forward_kl", 0.0), ("jsd", 0.3), ("reverse_kl", 1.0)])
+def test_top_k_is_that_of_trl(kind: Kind, alpha: float, tail: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    trl = pytest.importorskip("trl.experimental.sdpo.loss_utils")
+    generator = torch.Generator().manual_seed(0)
+    student = 2 * torch.randn(9, 31, generator=generator, dtype=torch.float64)
+    teacher = 2 * torch.randn(9, 31, generator=generator, dtype=torch.float64)
+    theirs, ours = student.clone().requires_grad_(), student.clone().requires_grad_()
+    expected = trl.compute_topk_self_distillation_loss(
+        theirs, teacher, distillation_topk=5, distillation_alpha=alpha, distillation_add_tail=tail
+    )
+    measure = Measure(
+        kind,
+        beta=alpha if kind == "jsd" else 0.5,
+        signal="student_top_k",
+        k=5,
+        tail="bucket" if tail else "none",
+        renormalise="none" if tail else "both",
+    )
+    log_q, ids = ours.log_softmax(-1), torch.zeros(9, dtype=torch.int64)
+    value = measured(log_q, teacher.log_softmax(-1), measure, ids, log_q[:, 0].detach())
+    # TRL takes the logarithms of its shares in float32.
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+    expected.sum().backward()
+    value.sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-7)

@@ -14,8 +14,9 @@ from test_task_files import sums, write
 from torch import Tensor
 
 from opd_agents.batch import Packed, pack
-from opd_agents.config import RunConfig, load_config
-from opd_agents.credit import advantages, assign_credit, factors, with_factors
+from opd_agents.composition import reward_advantages
+from opd_agents.config import RewardPart, RunConfig, Select, load_config
+from opd_agents.credit import assign_credit, factors, with_factors
 from opd_agents.envs import import_plugins
 from opd_agents.errors import AlignmentError, ConfigError, RunFolderError, UserError
 from opd_agents.plugins import load_credit, load_object, load_reward
@@ -154,9 +155,10 @@ def episodes() -> list[Trajectory]:
 
 
 def test_a_reward_replaces_the_environments_in_the_advantages() -> None:
-    assert advantages(episodes(), "none").tolist() == [0.5, -0.5]
+    part = RewardPart(normalise="none")
+    assert reward_advantages(episodes(), part, Select()).tolist() == [0.5, -0.5]
     reward = load_reward(f"{HERE}:short", "k")
-    assert advantages(episodes(), "none", reward).tolist() == [-1.0, 1.0]  # -3 and -1 tokens
+    assert reward_advantages(episodes(), part, Select(), reward).tolist() == [-1.0, 1.0]  # -3 and -1 tokens
 
 
 def test_a_credit_function_weighs_every_turn() -> None:
@@ -195,7 +197,7 @@ def run(tmp_path: Path, checkpoint: Path, *overrides: str, **changes: Any) -> Ru
     options = {"tasks": tasks, "verifier": f"{HERE}:even"}
     components = {
         "distill": tiny.DISTILL | {"credit": f"{HERE}:surprising"},
-        "verifier": {"kind": "policy", "reward": f"{HERE}:short"},
+        "verifier": {"kind": "policy", "rewards": {"brief": {"reward": f"{HERE}:short"}}},
     }
     raw = {
         "environments": [{"id": PROMPTS, "options": options}],
@@ -262,7 +264,7 @@ def test_a_teacher_that_only_acts(tmp_path: Path, tiny_teacher: Path) -> None:
     changes = {"teacher": acts, "loss": imitate, "rollout": rollout}
     folder = train(run(tmp_path, tiny_teacher, "trainer.steps=1", **changes))
     assert tiny.metrics(folder)[0]["loss/imitate"] > 0
-    with pytest.raises(ConfigError, match=r"Actor gives no hidden states.*`teacher.kind: local`"):
+    with pytest.raises(ConfigError, match=r"Actor.*it only acts. Take `kind: local`"):
         train(run(tmp_path, tiny_teacher, f"output={tmp_path}/other", teacher=acts))
     assert not (tmp_path / "other").exists()
 
@@ -287,17 +289,25 @@ def test_teachers_that_cannot_teach_are_refused(
 
 
 def test_plugins_are_resolved_before_a_folder_is_made(tmp_path: Path, tiny_teacher: Path) -> None:
-    for key in ("reward", "credit"):
-        components = {"c": {"kind": "policy", key: f"{HERE}:missing"}}
+    missing = f"{HERE}:missing"
+    for key, own in {
+        "rewards.brief.reward": {"rewards": {"brief": {"reward": missing}}},
+        "credit": {"rewards": {"brief": {}}, "credit": missing},
+    }.items():
+        components = {"c": {"kind": "policy", **own}}
         with pytest.raises(
             UserError, match=f"loss.components.c.{key}: module {HERE} has no function missing"
         ):
             train(run(tmp_path, tiny_teacher, loss={"components": components}))
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ConfigError, match="`reward` is of `policy` components"):
+    with pytest.raises(ConfigError, match=r"unknown key `loss\.components\.c\.reward`"):
         run(tmp_path, tiny_teacher, loss={"components": {"c": tiny.DISTILL | {"reward": f"{HERE}:short"}}})
     with pytest.raises(ConfigError, match="reward"):
-        run(tmp_path, tiny_teacher, loss={"components": {"c": tiny.POLICY | {"reward": "short"}}})
+        run(
+            tmp_path,
+            tiny_teacher,
+            loss={"components": {"c": tiny.POLICY | {"rewards": {"brief": {"reward": "short"}}}}},
+        )
 
 
 def test_a_step_that_a_credit_function_silences_changes_nothing(tmp_path: Path, tiny_teacher: Path) -> None:

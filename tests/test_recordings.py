@@ -444,7 +444,7 @@ def test_recorded_tokens_have_a_ratio_of_one(data: Path, tmp_path: Path, tiny_te
 @pytest.mark.parametrize(
     ("components", "message"),
     [
-        ({"p": {"kind": "policy"}}, "recordings have no log-probs"),
+        ({"p": {"kind": "policy", "rewards": {"verifier": {}}}}, "recordings have no log-probs"),
         (
             {"c": {"kind": "ce", "select": {"actor": "student"}}},
             "no loss component learns from rollout.source",

@@ -106,15 +106,12 @@ def test_the_moving_average_is_that_of_all_updates(dtype: torch.dtype, pupil: An
 
 def test_an_average_of_bfloat16_weights_moves_by_less_than_their_spacing(pupil: Any, desk_chat: Any) -> None:
     pupil = pupil.to(torch.bfloat16)
-    teacher = made(pupil, desk_chat, settings("ema", rate=0.001))
+    teacher = made(pupil, desk_chat, settings("ema", rate=0.01))
     move(pupil, 0)
-    for _ in range(3000):
-        for name, weight in [next(trained(pupil))]:  # one tensor is enough
-            teacher.kept[name].lerp_(weight.to(torch.float32), 0.001)
     name, weight = next(trained(pupil))
-    teacher.after_update([(name, weight)])
-    distance = (weight.float() - teacher.kept[name]).abs().max()
-    assert float(distance) < 0.06 * 0.5  # exp(-3) of at most 0.5; rounded to bfloat16 it would stand still
+    for _ in range(500):
+        teacher.after_update([(name, weight)])
+    assert float((weight.float() - teacher.kept[name]).abs().max()) < 0.01  # averaged in bfloat16: 0.2
 
 
 def test_only_what_is_trained_is_held_twice(tiny_llama: Any, desk_chat: Any) -> None:
@@ -343,7 +340,7 @@ def test_a_signal_serves_what_it_holds(signal: type, need: Any) -> None:
     else:
         with pytest.raises(ConfigError, match=f"needs of x .*gives {signal.__name__}"):
             check_serves("x", {signal}, {need})
-    with pytest.raises(ConfigError, match="only acts.*rollout.source: teacher"):
+    with pytest.raises(ConfigError, match=r"only acts.*rollout.source: teacher"):
         check_serves("x", set(), {need})
     check_serves("x", set(), set())
 
@@ -364,7 +361,7 @@ def test_signals_have_a_row_for_each_token() -> None:
         SampledLogprobs(torch.zeros(2)),
         HiddenStates(torch.zeros(2, 8), lambda x: x),
     ):
-        with pytest.raises(AlignmentError, match="teacher gave 2 .* for 3 action tokens"):
+        with pytest.raises(AlignmentError, match=r"teacher gave 2 .* for 3 action tokens"):
             check_aligned("teacher", bad, gives, 3)
     with pytest.raises(AlignmentError, match="gave a TeacherTopK"):
         check_aligned("teacher", good, frozenset({HiddenStates}), 3)

@@ -1,4 +1,4 @@
-"""Teacher-mixed sampling: every token is drawn from (1 - a) q + a p, and its log-prob is that of the mixture."""
+"""Teacher-mixed sampling: every token is drawn from (1 - a) q + a p, and scored as such."""
 
 import dataclasses
 import math
@@ -59,7 +59,7 @@ def expected(
 def test_log_probs_are_those_of_the_mixture_of_two_full_forward_passes(
     student: Any, teacher: Any, share: float, temperature: float
 ) -> None:
-    policy, own, theirs = helped(student, teacher, share, temperature)
+    policy, own, _ = helped(student, teacher, share, temperature)
     own.policy_version = 5
     actions = policy.act([history(c, stream=(0, 0, i), uid=str(i)) for i, c in enumerate(CONTEXTS)])
     assert len({len(action.ids) for action in actions}) > 1
@@ -190,9 +190,8 @@ def test_an_adapter_is_mixed_with_its_own_base(tiny_llama: Callable[..., Any]) -
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
-    policy, own, theirs = helped(model, model)
-    theirs.reader.weights = lambda: adapter_off(model)
-    (action,) = policy.act([history(CONTEXTS[2])])
+    own, theirs = ended_by_many(model), ended_by_many(model, weights=lambda: adapter_off(model))
+    (action,) = TokenMixture(own, theirs, SHARE).act([history(CONTEXTS[2])])
     mine = log_probs(model, CONTEXTS[2], action.ids, 1.0)
     with adapter_off(model):
         base = log_probs(model, CONTEXTS[2], action.ids, 1.0)

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from opd_agents.errors import AlignmentError, ConfigError
 from opd_agents.objectives import (
     FullTarget,
+    Kind,
     Measure,
     SampledTarget,
     Target,
@@ -28,7 +29,7 @@ from opd_agents.objectives import (
 
 INF, NAN = math.inf, math.nan
 V, HIDDEN, TEACHER_HIDDEN, K = 13, 5, 3, 4
-quick = settings(max_examples=25, deadline=None, derandomize=True)
+quick = settings(max_examples=15, deadline=None, derandomize=True)
 
 
 def normal(seed: int, *shape: int, scale: float = 1.5) -> Tensor:
@@ -210,9 +211,9 @@ def test_chunks_change_neither_values_nor_gradients(measures: Any, chunk_element
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("chunk_elements", [V * 2, 10**6])
+@pytest.mark.parametrize("chunk_elements", [V * 2, 10**6], ids=["chunks", "whole"])
 def test_gradients_pass_finite_differences(chunk_elements: int) -> None:
-    case = Case(rows=4)
+    case = Case(rows=3)
     measures = {
         "full": MEASURES["full"],
         "theirs": MEASURES["theirs"],
@@ -240,14 +241,16 @@ def test_tokens_and_impossible_words_are_on_their_own(rows: int, keep: int, chun
     mine[:, 1:][normal(seed + 2, rows, V - 1) > 1.5] = -INF  # finite forward: both sides miss the same words
     theirs = theirs.masked_fill(mine == -INF, -INF)
     ids = mine.argmax(-1)
+    kinds: list[Kind] = ["reverse_kl", "forward_kl", "tvd"]
     measures = {
-        name: ("t", Measure(kind, signal=signal, k=k, tail=tail))
-        for kind in ("reverse_kl", "forward_kl", "tvd")
-        for name, signal, k, tail in (
-            (kind, "full", None, None), (f"{kind} k", "student_top_k", 2, "bucket"),
-            (f"{kind} t", "teacher_top_k", 2, "none"),
+        name: ("t", measure)
+        for kind in kinds
+        for name, measure in (
+            (kind, Measure(kind)),
+            (f"{kind} mine", Measure(kind, signal="student_top_k", k=2, tail="bucket")),
+            (f"{kind} theirs", Measure(kind, signal="teacher_top_k", k=2, tail="none")),
         )
-    }  # fmt: skip
+    }
 
     def found(chosen: Tensor, padding: int) -> tuple[list[Tensor], Tensor]:
         logits, target = (
@@ -319,6 +322,9 @@ def test_measures_share_projections_and_softmaxes() -> None:
     assert case.projected == {"student": [1, 2, 2, 2], "teacher": [1, 1] + 6 * [2]}  # the width is asked once
     # Student at 1 and 0.7, the two references at 1 and 1.3, in three chunks.
     assert operations.softmaxes == 3 * (2 + 2 + 2)
+    case.projected["teacher"].clear()
+    case.terms({"full": MEASURES["full"]}, targets=targets)
+    assert case.projected["teacher"] == [1, 1, 6]  # nobody asks for the other reference
 
 
 def peak_elements(rows: int, vocabulary: int, chunk: int, measures: dict[str, tuple[str, Measure]]) -> float:
@@ -350,7 +356,7 @@ def peak_elements(rows: int, vocabulary: int, chunk: int, measures: dict[str, tu
 def test_the_peak_is_of_one_chunk_however_many_tokens(kinds: Any, tensors: float) -> None:
     measures = {kind: ("t", Measure(kind)) for kind in kinds}
     few, many = (peak_elements(rows, 2000, 40, measures) for rows in (80, 640))
-    assert few == pytest.approx(many, abs=0.2)
+    assert few <= many < few + 0.5  # 560 tokens more, which have 14 times that in logits
     assert tensors - 3 < many < tensors
 
 

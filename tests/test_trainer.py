@@ -255,7 +255,7 @@ def test_an_update_costs_what_its_passes_cost(
     losses, accumulate = updates.micro_losses, updates.accumulate
 
     def counting(*given: Any, micro: Any, plan: Any, **others: Any) -> Any:
-        passes.append((micro.n_tokens, micro.ids.shape[1], len(plan.components)))
+        passes.append((micro.n_tokens, micro.ids.shape[1], len(plan.parts)))
         return losses(*given, micro=micro, plan=plan, **others)
 
     def costing(session: Any, *given: Any, **options: Any) -> Any:

@@ -23,6 +23,7 @@ from opd_agents.config.loss import (
 )
 from opd_agents.config.methods import list_methods, method_text
 from opd_agents.config.needs import Need, reference_needs
+from opd_agents.config.run import RunConfig
 from opd_agents.config.sections import (
     ChatSettings,
     Conditioning,
@@ -31,7 +32,6 @@ from opd_agents.config.sections import (
     EnvironmentSource,
     Lora,
     Recorded,
-    RunConfig,
     Student,
     Teacher,
 )

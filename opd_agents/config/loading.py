@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from opd_agents.config.methods import method_text
-from opd_agents.config.sections import RunConfig
+from opd_agents.config.run import RunConfig
 from opd_agents.errors import ConfigError, UnknownName
 
 INPUTS = ("model", "tokenizer", "dataset", "tasks")  # keys whose values are paths, or ids

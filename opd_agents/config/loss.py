@@ -219,6 +219,11 @@ class Policy(_Component):
         )
         if self.mismatch_high is not None and self.mismatch_high <= (self.mismatch_low or 0):
             raise ValueError("`mismatch_low` must be below `mismatch_high`")
+        if self.ratio == "shaped" and (self.clip_low is not None or self.clip_high is not None):
+            raise ValueError(
+                "ratio shaped is a probability, far below 1 for most tokens: say `clip_low: null` and"
+                " `clip_high: null`"
+            )
         if self.ratio in ("shaped", "none") and self.mismatch:
             raise ValueError(f"`mismatch` corrects a ratio to old log-probs: ratio {self.ratio} has none")
         return self

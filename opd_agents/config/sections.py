@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
 from opd_agents.config.base import PLUG_IN, Scheduled, Section, lowest
-from opd_agents.config.loss import Loss
 
 
 class Build(Section):
@@ -76,6 +74,12 @@ class Teacher(Section):
     rate: float | None = Field(None, gt=0, lt=1)
     conditioning: Conditioning | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _frozen_by_default(cls, given: Any) -> Any:
+        own = isinstance(given, dict) and given.get("kind") == "self" and given.get("weights") is None
+        return given | {"weights": "frozen"} if own else given
+
     @model_validator(mode="after")
     def _fits_kind(self) -> Teacher:
         if self.options and self.kind in ("local", "self"):
@@ -84,10 +88,8 @@ class Teacher(Section):
             raise ValueError("`model` is for other kinds: of kind self the student itself teaches")
         if self.conditioning is not None and self.kind not in ("local", "self"):
             raise ValueError("`conditioning` is for the kinds local and self")
-        if (self.weights is not None) != (self.kind == "self"):
-            raise ValueError(
-                "`weights` (frozen, copy, previous, ema or live) are needed by kind self, and only there"
-            )
+        if self.weights is not None and self.kind != "self":
+            raise ValueError("`weights` (frozen, copy, previous, ema or live) are of kind self")
         if (self.every is not None) != (self.weights in ("copy", "previous")):
             raise ValueError("`every` (steps) is needed with weights copy and previous, and only there")
         if (self.rate is not None) != (self.weights == "ema"):
@@ -211,39 +213,3 @@ class EvaluationSettings(Section):
     limit: int | None = Field(None, gt=0)
     every: int = Field(25, gt=0)
     at_start: bool = True
-
-
-class RunConfig(Section):
-    """One run. A run with ``stages`` trains them in order, each from the last weights."""
-
-    name: str
-    output: str | None = None
-    seed: int = Field(0, ge=0)
-    imports: list[str] = []
-    method: str | None = None
-    student: Student
-    teacher: Teacher | None = None
-    references: dict[str, Teacher] = {}  # further models that the loss compares with, by name
-    sampler: Sampler = Sampler()
-    chat: ChatSettings = ChatSettings()
-    environments: list[EnvironmentSource] = []
-    rollout: Rollout = Rollout()
-    loss: Loss = Loss()
-    correction: Correction | None = None
-    trainer: TrainerSettings = TrainerSettings()
-    evaluation: EvaluationSettings | None = None
-    stages: dict[str, RunConfig] = {}
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.output or f"runs/{self.name}")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> RunConfig:
-        from opd_agents.config.checks import check_run  # it reads the types of this module
-
-        if not self.stages:
-            check_run(self)
-        elif any(stage.stages for stage in self.stages.values()):
-            raise ValueError("stages: a stage cannot have stages of its own")
-        return self

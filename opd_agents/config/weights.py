@@ -134,7 +134,7 @@ class TurnDisagreement(Section):
 class Trust(Section):
     """exp(-measure / scale) of each turn: trust in a reference that is sure (``entropy``: its mean entropy on
     the turn, nats) or that finds the history plausible (``perplexity``: its mean -log p of all action tokens
-    of the episode up to the turn, nats)."""
+    of the episode before the turn, nats; a first turn has 1)."""
 
     kind: Literal["trust"]
     measure: Literal["entropy", "perplexity"]

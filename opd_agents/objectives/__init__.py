@@ -1,8 +1,8 @@
 """Objectives: pure tensor functions that never see a trajectory, an environment or the name of a method.
 
-`token_terms` turns hidden states into per-token divergence, log-prob and entropy; `surrogate` turns a ratio
-of log-probs and an advantage into a per-token loss; `token_coefficients` says how much each token's loss
-counts. A loss is their product, summed.
+`token_terms` turns hidden states into per-token log-probs, entropies and divergences, each a `Measure` of a
+`Target`; `surrogate` turns a ratio of log-probs and an advantage into a per-token loss; `token_coefficients`
+says how much each token's loss counts. A loss is their product, summed.
 """
 
 from opd_agents.objectives.advantages import (
@@ -13,6 +13,7 @@ from opd_agents.objectives.advantages import (
     whitened,
 )
 from opd_agents.objectives.divergence import DIVERGENCES, Kind, divergence
+from opd_agents.objectives.fused import FusedDivergence, fused_divergence
 from opd_agents.objectives.measures import Measure
 from opd_agents.objectives.policy_gradient import (
     Mismatch,
@@ -44,6 +45,7 @@ __all__ = [
     "Denominator",
     "Form",
     "FullTarget",
+    "FusedDivergence",
     "Head",
     "Kind",
     "Measure",
@@ -58,6 +60,7 @@ __all__ = [
     "TopKTarget",
     "divergence",
     "episode_pairs",
+    "fused_divergence",
     "group_advantages",
     "mismatch_weights",
     "no_ratio",

@@ -1,16 +1,15 @@
 """A weighted sum of divergences whose gradient is taken in the forward pass.
 
-`token_terms` gives terms that any later arithmetic may differentiate, and pays by computing each chunk anew in
-the backward pass. Where the weight of every position is known beforehand, the gradient of sum_t w_t D_t is
-known as soon as the logits are: they become their own gradient, and are spent at once on the gradients of the
+`token_terms` gives terms that any later arithmetic may differentiate, and pays by computing each chunk anew
+in the backward pass. Where the weight of every position is known beforehand, the gradient of sum_t w_t D_t is
+known as soon as the logits are: these turn into it in place, and are spent at once on the gradients of the
 hidden states and of the projection.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -22,6 +21,7 @@ from torch.linalg import vecdot
 
 from opd_agents.errors import AlignmentError
 from opd_agents.objectives.divergence import Kind, at_least_float32, check_kind, check_temperature
+from opd_agents.objectives.slopes import SLOPES, Pair, Sloped
 
 CHUNK_ELEMENTS = 2**22  # 16 MiB in float32
 BLOCK_ELEMENTS = 2**18  # of a chunk: what a CPU works on at once, so that it stays in the cache
@@ -61,16 +61,16 @@ def fused_divergence(
 
     Arguments: ``student_hidden [N, Hs]`` and ``teacher_hidden [N, Ht]``, the states that *predict* the action
     tokens (rows gathered by the caller, shifted by one); ``student_weight [V, Hs]`` and ``student_bias [V]``
-    of the output projection, likewise the teacher's; ``weights [N]``, detached, where 0 leaves a position out.
-    Nothing is averaged: divide the weights by what the loss is to be a mean over, and multiply them by its
-    coefficient (a loss that is scaled afterwards costs a copy of the gradients). ``kind``, ``beta``, ``alpha``
-    and the temperatures as in `divergence`, whose value and gradient these are. The teacher is read without
-    gradient.
+    of the output projection, likewise the teacher's; ``weights [N]``, detached. Nothing is averaged: divide
+    the weights by what the loss is to be a mean over, and multiply them by its coefficient (a loss that is
+    scaled afterwards costs a copy of the gradients). ``kind``, ``beta``, ``alpha`` and the temperatures as in
+    `divergence`, whose value and gradient these are. The teacher is read without gradient.
 
     Half-precision inputs are computed, and gradients summed, in float32, float64 in float64; a gradient comes
     in the dtype of its input. A bias of -inf takes a token out of the vocabulary. Rows are taken in chunks of
     at most ``chunk_elements`` logits (at least one row): the peak is the gradients, four such chunks, and
-    half-precision weights once more in float32, whatever N is.
+    half-precision weights once more in float32, whatever N is. On a GPU the same operations run one by one,
+    on whole chunks, without a kernel of their own.
 
     Raises AlignmentError where shapes do not fit together, and where a token that one model's bias takes out
     makes every forward or reverse KL infinite; and what `divergence` raises for ``kind`` and its parameters.
@@ -80,15 +80,18 @@ def fused_divergence(
     theirs = (teacher_hidden, teacher_weight, teacher_bias)
     _check_shapes(inputs, theirs, weights)
     _check_support(kind, student_bias, teacher_bias)
+
+    def sloped(pair: Pair) -> Sloped:
+        return SLOPES[kind](pair, beta, alpha)
+
     wanted = [torch.is_grad_enabled() and of is not None and of.requires_grad for of in inputs]
     dtype = torch.promote_types(at_least_float32(student_hidden).dtype, teacher_hidden.dtype)
     with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
         student = _Projection(*inputs, temperature_student, dtype)
         teacher = _Projection(*theirs, temperature_teacher, dtype)
         weights = weights.to(dtype)
-        measure = partial(SLOPES[kind], beta=beta, alpha=alpha)
-        terms, gradients = _one_pass(student, teacher, weights, measure, wanted, chunk_elements)
-        loss = torch.where(weights == 0, 0.0, weights * terms[0]).sum()
+        terms, gradients = _one_pass(student, teacher, weights, sloped, wanted, chunk_elements)
+        loss = weights @ terms[0]
     return FusedDivergence(_Known.apply(loss, gradients, *inputs), *terms)
 
 
@@ -142,7 +145,7 @@ def _one_pass(
     student: _Projection,
     teacher: _Projection,
     weights: Tensor,
-    measure: Slopes,
+    sloped: Callable[[Pair], Sloped],
     wanted: Sequence[bool],
     chunk_elements: int,
 ) -> tuple[Tensor, list[Tensor | None]]:
@@ -158,7 +161,7 @@ def _one_pass(
     for start in range(0, len(weights), size):
         rows = slice(start, start + size)
         logits = student.logits(rows)
-        _differentiate(logits, teacher.logits(rows), terms[:, rows], measure)
+        _differentiate(logits, teacher.logits(rows), terms[:, rows], sloped)
         # the weights of rows, and 1 / temperature, go to the narrow side of each product
         if of_hidden is not None:
             torch.mm(logits, student.weight, out=of_hidden[rows])
@@ -173,7 +176,9 @@ def _one_pass(
     return terms, gradients
 
 
-def _differentiate(logits: Tensor, teacher_logits: Tensor, terms: Tensor, measure: Slopes) -> None:
+def _differentiate(
+    logits: Tensor, teacher_logits: Tensor, terms: Tensor, sloped: Callable[[Pair], Sloped]
+) -> None:
     """Turn the student's logits [n, V] into the gradient of the divergence, and fill the terms [3, n]."""
     n, vocabulary = logits.shape
     size = max(1, BLOCK_ELEMENTS // vocabulary) if logits.device.type == "cpu" else max(1, n)
@@ -182,89 +187,9 @@ def _differentiate(logits: Tensor, teacher_logits: Tensor, terms: Tensor, measur
         log_q, log_p = torch.log_softmax(logits[rows], -1), torch.log_softmax(teacher_logits[rows], -1)
         q, p = log_q.exp(), log_p.exp()
         terms[1, rows], terms[2, rows] = -vecdot(q, log_q), -vecdot(p, log_p)
-        terms[0, rows], slope = measure(_Pair(log_q, log_p, q, p))
-        # dD/dz_v = s_v - q_v sum_u s_u, for a slope s_v = dD/d(log q_v)
+        terms[0, rows], slope = sloped(Pair(log_q, log_p, q, p))
+        # through the softmax, into the logits' place
         torch.addcmul(slope, q, slope.sum(-1, keepdim=True), value=-1, out=logits[rows])
-
-
-class _Pair(NamedTuple):
-    """Both distributions at n positions, [n, V] each, without -inf."""
-
-    log_q: Tensor
-    log_p: Tensor
-    q: Tensor
-    p: Tensor
-
-
-Slopes: TypeAlias = Callable[[_Pair], tuple[Tensor, Tensor]]
-"""To the divergences [n] and their slopes dD/d(log q) [n, V], less any multiple of q, which has no effect."""
-
-
-def _mixture(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """share a + (1 - share) b, above 0: where it underflows, so does what it is compared with."""
-    return (a * share).add_(b, alpha=1 - share).clamp_min_(torch.finfo(a.dtype).tiny)
-
-
-def _forward_kl(of: _Pair) -> tuple[Tensor, Tensor]:
-    return vecdot(of.p, of.log_p - of.log_q), -of.p
-
-
-def _reverse_kl(of: _Pair) -> tuple[Tensor, Tensor]:
-    slope = (of.log_q - of.log_p).mul_(of.q)
-    return slope.sum(-1), slope
-
-
-def _jsd(of: _Pair, beta: float) -> tuple[Tensor, Tensor]:
-    log_m = _mixture(of.p, of.q, beta).log_()
-    slope = (of.log_q - log_m).mul_(of.q).mul_(1 - beta)
-    return slope.sum(-1).add_(vecdot(of.p, of.log_p - log_m), alpha=beta), slope
-
-
-def _skew_kl(of: _Pair, alpha: float) -> tuple[Tensor, Tensor]:
-    m = _mixture(of.p, of.q, alpha)
-    slope = (of.q / m).mul_(of.p).mul_(alpha - 1)
-    return vecdot(of.p, of.log_p - m.log_()), slope
-
-
-def _skew_reverse_kl(of: _Pair, alpha: float) -> tuple[Tensor, Tensor]:
-    m = _mixture(of.q, of.p, alpha)
-    share = of.q / m
-    slope = (of.log_q - m.log_()).mul_(of.q)
-    return slope.sum(-1), slope.addcmul_(of.q, share, value=-alpha)
-
-
-def _alpha(of: _Pair, alpha: float) -> tuple[Tensor, Tensor]:
-    """By the nearer end, where the difference is not one of near equals."""
-    apart = of.q - of.p
-    if alpha > 0.5:
-        moved = _moved(of.log_p, of.log_q, 1 - alpha)
-        return (apart - moved / (1 - alpha)).sum(-1) / alpha, (apart - moved).div_(alpha)
-    moved = _moved(of.log_q, of.log_p, alpha).div_(alpha)
-    return -(apart + moved).sum(-1) / (1 - alpha), -moved
-
-
-def _moved(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
-    """a^(1 - share) b^share - a, by expm1 unless exp might overflow."""
-    exponent, a = (log_b - log_a).mul_(share), log_a.exp()
-    near = exponent.clamp(max=1.0).expm1_().mul_(a)
-    return torch.where(exponent < 1, near, (log_a + exponent).exp_().sub_(a))
-
-
-def _tvd(of: _Pair) -> tuple[Tensor, Tensor]:
-    apart = of.q - of.p
-    return apart.abs().sum(-1) / 2, apart.sign_().mul_(of.q).div_(2)
-
-
-# Every kind by its name, as `DIVERGENCES`, with the gradient that autograd would take of it.
-SLOPES: Mapping[Kind, Callable[[_Pair, float, float], tuple[Tensor, Tensor]]] = {
-    "forward_kl": lambda of, beta, alpha: _forward_kl(of),
-    "reverse_kl": lambda of, beta, alpha: _reverse_kl(of),
-    "jsd": lambda of, beta, alpha: _jsd(of, beta),
-    "skew_kl": lambda of, beta, alpha: _skew_kl(of, alpha),
-    "skew_reverse_kl": lambda of, beta, alpha: _skew_reverse_kl(of, alpha),
-    "alpha": lambda of, beta, alpha: _alpha(of, alpha),
-    "tvd": lambda of, beta, alpha: _tvd(of),
-}
 
 
 _Inputs: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
@@ -284,8 +209,8 @@ def _check_shapes(student: _Inputs, teacher: _Inputs, weights: Tensor) -> None:
             )
     if len(teacher[0]) != rows or weights.shape != (rows,):
         raise AlignmentError(
-            f"fused_divergence: {rows} positions of the student, {len(teacher[0])} of the teacher and weights "
-            f"{list(weights.shape)}; give all of the same positions, one weight each."
+            f"fused_divergence: {rows} positions of the student, {len(teacher[0])} of the teacher and "
+            f"weights {list(weights.shape)}; give all of the same positions, one weight each."
         )
     if len(teacher[1]) != vocabulary:
         raise AlignmentError(
@@ -295,18 +220,19 @@ def _check_shapes(student: _Inputs, teacher: _Inputs, weights: Tensor) -> None:
 
 
 def _check_support(kind: Kind, student_bias: Tensor | None, teacher_bias: Tensor | None) -> None:
-    """A token with mass on one side only, at every position, is no matter of one position."""
-    lacking, having = {
-        "forward_kl": (student_bias, teacher_bias), "reverse_kl": (teacher_bias, student_bias),
-    }.get(kind, (None, None))  # fmt: skip
-    if lacking is None:
+    """A token that only the first distribution of a KL has, has mass there at every position."""
+    sides = {"student": student_bias, "teacher": teacher_bias}
+    of_kind = {"forward_kl": ("teacher", "student"), "reverse_kl": ("student", "teacher")}
+    if kind not in of_kind:
         return
-    absent = lacking == -math.inf
-    if having is not None:
-        absent &= having != -math.inf
-    if bool(absent.any()):
+    first, second = of_kind[kind]
+    if (bias := sides[second]) is None:
+        return
+    lacking = bias == -math.inf
+    if (bias := sides[first]) is not None:
+        lacking &= bias != -math.inf
+    if bool(lacking.any()):
         raise AlignmentError(
-            f"fused_divergence: the {'student' if kind == 'forward_kl' else 'teacher'}'s bias takes out token "
-            f"{int(absent.nonzero()[0])}, which the other model has, so that every {kind} is infinite. Take "
-            "the token out of both, or use jsd."
+            f"fused_divergence: the {second}'s bias takes out token {int(lacking.nonzero()[0])}, which the "
+            f"{first} has: every {kind} is infinite. Take the token out of both, or use jsd."
         )

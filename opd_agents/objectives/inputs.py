@@ -1,4 +1,4 @@
-"""What every per-token tensor of a policy gradient must be."""
+"""What every tensor of a table of tokens or episodes must be before it is learned from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from opd_agents.errors import AlignmentError
 def check_rows(where: str, counted: Tensor | None = None, /, **rows: Tensor) -> None:
     """Refuse (AlignmentError) tensors that are not all ``[N]``, float16 or bfloat16 ones, and values that are
     not finite, in rows that count (``counted``, bool [N]; None: in all): a token of no log-prob, or of
-    probability 0, has no place in a policy gradient."""
+    probability 0, has no place in such a loss."""
     shapes = {name: list(tensor.shape) for name, tensor in rows.items()}
     if len({tuple(shape) for shape in shapes.values()}) > 1 or any(len(s) != 1 for s in shapes.values()):
         given = ", ".join(f"{name} {shape}" for name, shape in shapes.items())

@@ -127,8 +127,8 @@ def measured_top_k(
 
     ``log_q [n, V]``, ``action_ids [n]`` and ``behaviour [n]`` as in `measured`; ``ids [n, k]`` all different
     in a row, their ``log_p [n, k]`` and ``log_p_sampled [n]`` of the action token, over the teacher's whole
-    vocabulary and in at least float32 (`token_terms` checks its targets). Signals teacher_top_k and sampled. In
-    a bucket the teacher's remaining mass is 1 - sum p, floored at the rounding error of such log-probs (a
+    vocabulary and in at least float32 (`token_terms` checks its targets). Signals teacher_top_k and sampled.
+    In a bucket the teacher's remaining mass is 1 - sum p, floored at the rounding error of such log-probs (a
     mass below is not known from them), and exactly 0 for k = V.
 
     Raises ConfigError for another signal, and for a geometric target that is not renormalised over the k (its
@@ -198,13 +198,14 @@ def _top_k(
     if rest_p is not None:
         head_q = torch.cat([head_q, log_rest(log_q, ids)[:, None]], -1)
         head_p = torch.cat([head_p, rest_p[:, None]], -1)
-    value = _summed(head_q, head_p, measure)
+    head = _summed(head_q, head_p, measure)
     if measure.tail != "sampled":
-        return value
+        return head
     rows = (ids != action_ids[:, None]).all(-1).nonzero().squeeze(-1)
     log_q_sampled = of_tokens(log_q, action_ids)[rows]
     outside = _sampled(log_q_sampled, log_p_sampled[rows], behaviour.detach()[rows], measure)
-    return value.index_add(0, rows, outside.to(value.dtype))
+    tail = torch.zeros_like(head).index_add(0, rows, outside.to(head.dtype))
+    return total(torch.stack([head, tail], -1))
 
 
 def _summed(log_q: Tensor, log_p: Tensor, measure: Measure) -> Tensor:

@@ -71,13 +71,7 @@ def _log_odds(logprob: Tensor) -> Tensor:
     """log(P / (1 - P)) of log P <= 0. What rounds to 0 is moved off it, with its gradient kept."""
     below_zero = logprob.detach().clamp(max=-torch.finfo(logprob.dtype).eps)
     logprob = logprob + (below_zero - logprob.detach())
-    near_one = logprob > -math.log(2)  # each side of it by the form that keeps its digits, in both branches
-    complement = torch.where(
-        near_one,
-        torch.log(-torch.expm1(torch.where(near_one, logprob, -1.0))),
-        torch.log1p(-torch.exp(torch.where(near_one, -1.0, logprob))),
-    )
-    return logprob - complement
+    return logprob - torch.log(-torch.expm1(logprob))  # 1 - P to its last digit, which counts as P nears 1
 
 
 def token_slopes(

@@ -114,9 +114,9 @@ def token_terms(
     for reference, measure in measures.values():
         of_targets[reference].add(measure.temperature_teacher)
 
-    def terms(chunk: slice) -> TokenTerms:
+    def terms(chunk: slice, hidden: Tensor) -> TokenTerms:
         ids = action_ids[chunk]
-        log_q = _tempered(student_head(student_hidden[chunk]), of_student)
+        log_q = _tempered(student_head(hidden), of_student)
         own = log_q[temperature]
         logprob = of_tokens(own, ids)
         drawn = logprob.detach()
@@ -134,9 +134,11 @@ def token_terms(
 
     size = max(1, chunk_elements // vocabulary)
     if rows <= size:
-        return terms(slice(None))
-    starts = range(0, rows, size)
-    return _joined([checkpoint(terms, slice(start, start + size), use_reentrant=False) for start in starts])
+        return terms(slice(None), student_hidden)
+    chunks = [slice(start, start + size) for start in range(0, rows, size)]
+    # The gradient of a split is one concatenation, that of a slice would be as long as all rows.
+    parts = zip(chunks, student_hidden.split(size), strict=True)
+    return _joined([checkpoint(terms, chunk, hidden, use_reentrant=False) for chunk, hidden in parts])
 
 
 _Known: TypeAlias = dict[float, Tensor] | TopKTarget | SampledTarget

@@ -56,11 +56,11 @@ def top_share(scores: Tensor, episodes: Tensor, share: float) -> Tensor:
 
 def pass_rates(success: Tensor, groups: Tensor, counted: Tensor) -> Tensor:
     """Share of its group's counted episodes that succeeded, for each of E episodes: bool ``[E]``, int64
-    ``[E]`` (-1: of no group), bool ``[E]`` -> ``[E]``; NaN where no episode of the group counts."""
+    ``[E]`` (-1: of no group), bool ``[E]`` -> float64 ``[E]``; NaN where no episode of the group counts."""
     _, group = torch.unique(groups, return_inverse=True)
-    zeros = torch.zeros(len(groups))
-    total = zeros.index_add(0, group, counted.float())
-    rates = zeros.index_add(0, group, (counted & success).float()) / total
+    zeros = torch.zeros(len(groups), dtype=torch.float64)
+    total = zeros.index_add(0, group, counted.double())
+    rates = zeros.index_add(0, group, (counted & success).double()) / total
     return rates[group].masked_fill(groups < 0, torch.nan)
 
 
@@ -113,7 +113,7 @@ def turn_divergence(
     arXiv 2605.07725).
 
     With d_k the mean |d| of an episode's k-th turn, ``published``: the product of d_u / d_(u+1) over u < k,
-    which telescopes to d_1 / d_k, so that all hangs on the first turn; ``running``: the mean of the d_u before
+    which telescopes to d_1 / d_k, so that all hangs on the first turn; ``running``: the mean of d_u before
     over d_k. A first turn has 1, and so has 0 / 0.
     """
     means, unit, own = unit_means(d.abs(), turns)

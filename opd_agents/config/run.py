@@ -1,15 +1,66 @@
-"""What the sections of a run must agree on. Each check raises ValueError with the keys and the remedy."""
+"""A run's config as a whole, and what its sections must agree on: each check raises ValueError with the keys
+and the remedy."""
 
 from __future__ import annotations
 
-from opd_agents.config.loss import Distill, Policy, Preference, Select
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from opd_agents.config.base import Section
+from opd_agents.config.loss import Component, Distill, Loss, Policy, Preference, Select
 from opd_agents.config.needs import reference_needs, weights_of
-from opd_agents.config.sections import Recorded, RunConfig
+from opd_agents.config.sections import (
+    ChatSettings,
+    Correction,
+    EnvironmentSource,
+    EvaluationSettings,
+    Recorded,
+    Rollout,
+    Sampler,
+    Student,
+    Teacher,
+    TrainerSettings,
+)
 from opd_agents.config.weights import GroupFailed, PassRate, Perplexity
 from opd_agents.types import Actor
 
 
-def check_run(config: RunConfig) -> None:
+class RunConfig(Section):
+    """One run. A run with ``stages`` trains them in order, each from the last weights."""
+
+    name: str
+    output: str | None = None
+    seed: int = Field(0, ge=0)
+    imports: list[str] = []
+    method: str | None = None
+    student: Student
+    teacher: Teacher | None = None
+    references: dict[str, Teacher] = {}  # further models that the loss compares with, by name
+    sampler: Sampler = Sampler()
+    chat: ChatSettings = ChatSettings()
+    environments: list[EnvironmentSource] = []
+    rollout: Rollout = Rollout()
+    loss: Loss = Loss()
+    correction: Correction | None = None
+    trainer: TrainerSettings = TrainerSettings()
+    evaluation: EvaluationSettings | None = None
+    stages: dict[str, RunConfig] = {}
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output or f"runs/{self.name}")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if not self.stages:
+            _check_run(self)
+        elif any(stage.stages for stage in self.stages.values()):
+            raise ValueError("stages: a stage cannot have stages of its own")
+        return self
+
+
+def _check_run(config: RunConfig) -> None:
     """A run without stages."""
     _models_given(config)
     if not config.loss.components:
@@ -61,10 +112,11 @@ def _references_given(config: RunConfig) -> None:
     if idle := config.references.keys() - wanted:
         raise ValueError(f"references.{min(idle)}: nothing in the loss compares with it")
     conditioned = config.teacher is not None and config.teacher.conditioning is not None
-    if config.rollout.teacher_share and (conditioned or config.rollout.source != "student"):
+    alone = config.rollout.source == "student" and not (conditioned or config.correction)
+    if config.rollout.teacher_share and not alone:
         raise ValueError(
             "rollout.teacher_share mixes the teacher into the student's every token: it needs `source:"
-            " student` and a teacher without conditioning"
+            " student`, a teacher without conditioning, and no `correction`, whose proof is the student's alone"
         )
 
 
@@ -150,10 +202,10 @@ def _conditioning_fits(config: RunConfig) -> None:
             )
 
 
-def _selects(component: object) -> list[Select]:
+def _selects(component: Component) -> list[Select]:
     if isinstance(component, Preference):
         return [component.chosen, component.rejected]
-    return [component.select]  # type: ignore[attr-defined]
+    return [component.select]
 
 
 def _demonstrated(select: Select) -> bool:

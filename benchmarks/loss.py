@@ -1,0 +1,307 @@
+"""The distillation loss and its gradient, from hidden states, against TRL, Liger and plain PyTorch.
+
+    python benchmarks/loss.py [--vocab 32000] [--action-share 0.25] [--beta 1] [--hidden 256] [--json]
+
+Every contender takes the hidden states of 1,024 positions and the two output projections to the mean
+generalised JSD over the action tokens (beta 0: forward KL, 1: reverse KL), forward and backward. Each case
+starts a process of each contender, which take turns; losses and gradients must agree before any is measured.
+A call's memory is the most that its process holds (Linux), less what it held before. A peer that is not
+installed is left out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import typer
+from figures import as_text, markdown, spread, write
+from torch import Tensor
+
+from opd_agents.objectives.fused import fused_divergence
+
+TOLERANCE = 1e-4  # of the loss, relative; of a gradient's entries, relative to the largest
+
+
+class Case(NamedTuple):
+    vocab: int
+    action_share: float
+    beta: float
+    hidden: int
+    positions: int
+
+
+class Inputs(NamedTuple):
+    student: Tensor
+    """Hidden states [positions, hidden]; like the weight, to be differentiated."""
+    student_weight: Tensor
+    """[vocab, hidden]"""
+    teacher: Tensor
+    teacher_weight: Tensor
+    action: Tensor
+    """bool [positions]"""
+
+
+Loss = Callable[[Inputs], Tensor]
+
+
+def make_inputs(case: Case) -> Inputs:
+    generator = torch.Generator().manual_seed(0)
+    hidden = [torch.randn(case.positions, case.hidden, generator=generator) for _ in range(2)]
+    # logits with a standard deviation of about 2
+    weights = [
+        torch.randn(case.vocab, case.hidden, generator=generator).mul_(2 * case.hidden**-0.5)
+        for _ in range(2)
+    ]
+    action = torch.zeros(case.positions, dtype=torch.bool)
+    chosen = torch.randperm(case.positions, generator=generator)
+    action[chosen[: round(case.action_share * case.positions)]] = True
+    return Inputs(hidden[0].requires_grad_(), weights[0].requires_grad_(), hidden[1], weights[1], action)
+
+
+def trl_gkd(beta: float) -> Loss:
+    """What `GKDTrainer.compute_loss` does with the logits of all positions."""
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    from trl.experimental.gkd.gkd_trainer import GKDTrainer
+
+    def loss(of: Inputs) -> Tensor:
+        logits = of.student @ of.student_weight.T
+        with torch.no_grad():
+            teacher_logits = of.teacher @ of.teacher_weight.T
+        labels = torch.where(of.action, 0, -100)
+        value: Tensor = GKDTrainer.generalized_jsd_loss(
+            logits[None], teacher_logits[None], labels[None], beta=beta
+        )
+        return value
+
+    return loss
+
+
+def trl_chunked(beta: float) -> Loss:
+    """The loss of TRL's `DistillationTrainer`."""
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    def loss(of: Inputs) -> Tensor:
+        value: Tensor = _chunked_divergence_loss(
+            of.student[None], of.teacher[None], of.student_weight, of.teacher_weight, of.action[None], beta
+        )[0]
+        return value
+
+    return loss
+
+
+def liger(beta: float) -> Loss:
+    """As it comes: compiled."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    fused = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta)
+
+    def loss(of: Inputs) -> Tensor:
+        labels = torch.where(of.action, 0, -100)
+        value: Tensor = fused(of.student, of.student_weight, of.teacher, of.teacher_weight, labels)
+        return value
+
+    return loss
+
+
+def naive(beta: float) -> Loss:
+    """The definition, on the action tokens' logits."""
+
+    def loss(of: Inputs) -> Tensor:
+        log_q = torch.log_softmax(of.student[of.action] @ of.student_weight.T, -1)
+        with torch.no_grad():
+            log_p = torch.log_softmax(of.teacher[of.action] @ of.teacher_weight.T, -1)
+        if beta == 0:
+            return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+        if beta == 1:
+            return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+        log_m = (beta * log_p.exp() + (1 - beta) * log_q.exp()).log()
+        to_teacher = F.kl_div(log_m, log_p, reduction="batchmean", log_target=True)
+        to_student = F.kl_div(log_m, log_q, reduction="batchmean", log_target=True)
+        return beta * to_teacher + (1 - beta) * to_student
+
+    return loss
+
+
+def opd_agents(beta: float) -> Loss:
+    kind: Any = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, "jsd")
+
+    def loss(of: Inputs) -> Tensor:
+        count = int(of.action.sum())
+        return fused_divergence(
+            of.student[of.action], of.student_weight, of.teacher[of.action], of.teacher_weight,
+            weights=torch.full((count,), 1 / count), kind=kind, beta=beta,
+        ).loss  # fmt: skip
+
+    return loss
+
+
+CONTENDERS: Mapping[str, Callable[[float], Loss]] = {
+    "trl_gkd": trl_gkd, "trl_chunked": trl_chunked, "liger": liger, "naive": naive, "opd_agents": opd_agents,
+}  # fmt: skip
+PACKAGES = {"trl_gkd": "trl", "trl_chunked": "trl", "liger": "liger_kernel"}
+
+
+def installed(only: Sequence[str]) -> list[str]:
+    """The contenders that can run; a line on standard error for each that cannot."""
+    missing = {
+        name: package for name, package in PACKAGES.items() if importlib.util.find_spec(package) is None
+    }
+    names = [name for name in CONTENDERS if name in only]
+    for name in names:
+        if name in missing:
+            print(f"{name} is left out: {missing[name]} is not installed", file=sys.stderr)
+    return [name for name in names if name not in missing]
+
+
+def resident(key: str) -> float:
+    """VmRSS or VmHWM (its peak) of this process, in MiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) / 1024
+    raise KeyError(key)
+
+
+def calls(name: str, case: Case, gradients: Path) -> Iterator[dict[str, float]]:
+    """What one contender needs for each call after the first, which puts its loss and gradients (that of the
+    weight times a random vector) into the file ``gradients``."""
+    inputs, loss_of = make_inputs(case), CONTENDERS[name](case.beta)
+    loss = loss_of(inputs)
+    loss.backward()  # type: ignore[no-untyped-call]
+    of_hidden, of_weight = inputs.student.grad, inputs.student_weight.grad
+    assert of_hidden is not None and of_weight is not None
+    vector = torch.randn(case.hidden, generator=torch.Generator().manual_seed(1))
+    torch.save((loss.detach(), of_hidden, of_weight @ vector), gradients)
+    del loss, of_hidden, of_weight
+    yield {}
+    while True:
+        inputs.student.grad = inputs.student_weight.grad = None
+        ctypes.CDLL(None).malloc_trim(0)  # or what was freed before would be used again, and not count
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before, started = resident("VmRSS"), time.perf_counter()
+        loss_of(inputs).backward()  # type: ignore[no-untyped-call]
+        yield {"seconds": time.perf_counter() - started, "peak_mb": resident("VmHWM") - before}
+
+
+def process(name: str, case: Case, gradients: Path, threads: int) -> Iterator[dict[str, float]]:
+    """:func:`calls` in a process of its own, one for each line that it is sent."""
+    command = [sys.executable, __file__, "--worker", json.dumps([name, case, str(gradients), threads])]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdin is not None and running.stdout is not None
+        while True:
+            print("next", file=running.stdin, flush=True)
+            answer = running.stdout.readline()
+            if not answer:
+                raise RuntimeError(f"{name} ended at {case}")
+            yield json.loads(answer)
+
+
+def worker(name: str, case: Sequence[Any], gradients: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    answers, standard_output = calls(name, Case(*case), Path(gradients)), os.dup(1)
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    with os.fdopen(standard_output, "w") as out:
+        for _ in sys.stdin:
+            print(json.dumps(next(answers)), file=out, flush=True)
+
+
+def assert_equal(files: Mapping[str, Path]) -> None:
+    """All losses and gradients are those of the plain definition."""
+    expected = torch.load(files["naive"])
+    for name, file in files.items():
+        for what, mine, right in zip(("loss", "hidden", "weight"), torch.load(file), expected, strict=True):
+            gap = float((mine - right).abs().max() / right.abs().max())
+            assert gap < TOLERANCE, f"{name}: {what} is off by {gap:.1e}"
+
+
+def measure(
+    case: Case, names: Sequence[str], repeats: int, threads: int,
+    start: Callable[..., Iterator[dict[str, float]]] = process,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row for each contender; their calls alternate."""
+    with tempfile.TemporaryDirectory() as name:
+        files = {of: Path(name, of) for of in names}
+        running = {of: start(of, case, files[of], threads) for of in names}
+        try:
+            for of in names:
+                next(running[of])
+            assert_equal(files)
+            rounds = [{of: next(running[of]) for of in names} for _ in range(repeats)]
+        finally:
+            for one in running.values():
+                one.close()  # type: ignore[attr-defined]
+    return [row(case, of, rounds) for of in names]
+
+
+def row(case: Case, name: str, rounds: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
+    seconds = [one[name]["seconds"] for one in rounds]
+    peaks = [one[name]["peak_mb"] for one in rounds]
+    times = [one[name]["seconds"] / one["opd_agents"]["seconds"] for one in rounds]
+    return {
+        "name": name, **case._asdict(), "seconds": median(seconds), "peak_mb": median(peaks),
+        "seconds_spread": spread(seconds), "peak_mb_spread": spread(peaks), "seconds_over_ours": spread(times),
+        "peak_over_ours": median(peaks) / median(one["opd_agents"]["peak_mb"] for one in rounds),
+    }  # fmt: skip
+
+
+def page(result: Mapping[str, Any]) -> str:
+    """The table as Markdown."""
+    table = [
+        {
+            "arm": row["name"], "vocab": str(row["vocab"]), "hidden": str(row["hidden"]),
+            "action tokens": f"{row['action_share']:.0%}", "beta": f"{row['beta']:g}",
+            "seconds": as_text(row["seconds_spread"]),
+            "times ours": as_text(row["seconds_over_ours"], digits=1),
+            "peak, MiB": as_text(row["peak_mb_spread"], digits=0),
+            "peaks ours": f"{row['peak_over_ours']:.1f}",
+        }
+        for row in result["results"]
+    ]  # fmt: skip
+    return markdown("Median (min to max) over calls, forward and backward.", result, table)
+
+
+def main(
+    vocab: Annotated[list[int], typer.Option(help="Entries of the vocabulary.")] = [32_000, 152_000],
+    action_share: Annotated[list[float], typer.Option(help="Positions that count.")] = [0.1, 0.25, 1.0],
+    beta: Annotated[list[float], typer.Option(help="0 forward KL, 1 reverse KL.")] = [0.0, 0.5, 1.0],
+    hidden: Annotated[list[int], typer.Option(help="Width of the hidden states.")] = [256],
+    positions: Annotated[int, typer.Option(min=1)] = 1024,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured calls of each.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    out: Annotated[Path, typer.Option(help="Where loss.json and loss.md go.")] = Path("benchmarks/results"),
+    call: Annotated[str | None, typer.Option("--worker", hidden=True)] = None,
+) -> None:
+    """Seconds and peak memory of the distillation loss with its gradient. Options can be repeated."""
+    if call is not None:
+        worker(*json.loads(call))
+        return
+    names, load = installed(list(CONTENDERS)), os.getloadavg()[0]
+    rows = [
+        row
+        for width, entries, share, at in product(hidden, vocab, action_share, beta)
+        for row in measure(Case(entries, share, at, width, positions), names, repeats, threads)
+    ]
+    result = {
+        "positions": positions, "repeats": repeats, "torch": torch.__version__, "threads": threads,
+        "cores": os.cpu_count(), "load before": round(load, 2), "load after": round(os.getloadavg()[0], 2),
+        "results": rows,
+    }  # fmt: skip
+    write(out, "loss", result, page(result), as_json)
+
+
+if __name__ == "__main__":
+    typer.run(main)
