@@ -94,7 +94,9 @@ class Bench:
         packed, every = self.packed, experience.owned
         advantage = torch.linspace(-1, 1, len(self.trajectories))[packed.episode]
         tokens, ones = dict.fromkeys(COMPONENTS, every), dict.fromkeys(COMPONENTS, every.float())
-        assigned = Assigned(tokens, ones, {"policy": Composed(advantage, {}, {})}, [])
+        assigned = Assigned(
+            dict.fromkeys(COMPONENTS, 1.0), tokens, ones, {"policy": Composed(advantage, {}, {})}, []
+        )
         planned = plan(experience, COMPONENTS, assigned, every, float, 1.0, experience.frozen.logprob)
         for micro in packed.micro_batches(self.micro_batch_tokens, planned.keep):
             with recomputed(self.student):

@@ -5,8 +5,7 @@
 Every contender takes the hidden states of 1,024 positions and the two output projections to the mean
 generalised JSD over the action tokens (beta 0: forward KL, 1: reverse KL), forward and backward. Each case
 starts a process of each contender, which take turns; losses and gradients must agree before any is measured.
-A call's memory is the most that its process holds (Linux), less what it held before. A peer that is not
-installed is left out.
+A peer that is not installed is left out, with a line on standard error. Linux, for the memory of a process.
 """
 
 from __future__ import annotations
@@ -155,16 +154,14 @@ CONTENDERS: Mapping[str, Callable[[float], Loss]] = {
 PACKAGES = {"trl_gkd": "trl", "trl_chunked": "trl", "liger": "liger_kernel"}
 
 
-def installed(only: Sequence[str]) -> list[str]:
+def installed() -> list[str]:
     """The contenders that can run; a line on standard error for each that cannot."""
     missing = {
         name: package for name, package in PACKAGES.items() if importlib.util.find_spec(package) is None
     }
-    names = [name for name in CONTENDERS if name in only]
-    for name in names:
-        if name in missing:
-            print(f"{name} is left out: {missing[name]} is not installed", file=sys.stderr)
-    return [name for name in names if name not in missing]
+    for name, package in missing.items():
+        print(f"{name} is left out: {package} is not installed", file=sys.stderr)
+    return [name for name in CONTENDERS if name not in missing]
 
 
 def resident(key: str) -> float:
@@ -177,7 +174,8 @@ def resident(key: str) -> float:
 
 def calls(name: str, case: Case, gradients: Path) -> Iterator[dict[str, float]]:
     """What one contender needs for each call after the first, which puts its loss and gradients (that of the
-    weight times a random vector) into the file ``gradients``."""
+    weight times a random vector) into the file ``gradients``. The memory is what it holds at most beyond its
+    inputs and what libraries keep."""
     inputs, loss_of = make_inputs(case), CONTENDERS[name](case.beta)
     loss = loss_of(inputs)
     loss.backward()  # type: ignore[no-untyped-call]
@@ -186,12 +184,14 @@ def calls(name: str, case: Case, gradients: Path) -> Iterator[dict[str, float]]:
     vector = torch.randn(case.hidden, generator=torch.Generator().manual_seed(1))
     torch.save((loss.detach(), of_hidden, of_weight @ vector), gradients)
     del loss, of_hidden, of_weight
+    inputs.student.grad = inputs.student_weight.grad = None
+    ctypes.CDLL(None).malloc_trim(0)  # else what was freed, but kept for the calls to come, would not count
+    before = resident("VmRSS")
     yield {}
     while True:
         inputs.student.grad = inputs.student_weight.grad = None
-        ctypes.CDLL(None).malloc_trim(0)  # or what was freed before would be used again, and not count
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        before, started = resident("VmRSS"), time.perf_counter()
+        started = time.perf_counter()
         loss_of(inputs).backward()  # type: ignore[no-untyped-call]
         yield {"seconds": time.perf_counter() - started, "peak_mb": resident("VmHWM") - before}
 
@@ -249,56 +249,70 @@ def measure(
 def row(case: Case, name: str, rounds: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
     seconds = [one[name]["seconds"] for one in rounds]
     peaks = [one[name]["peak_mb"] for one in rounds]
-    times = [one[name]["seconds"] / one["opd_agents"]["seconds"] for one in rounds]
+    ours = [one["opd_agents"] for one in rounds]
     return {
-        "name": name, **case._asdict(), "seconds": median(seconds), "peak_mb": median(peaks),
-        "seconds_spread": spread(seconds), "peak_mb_spread": spread(peaks), "seconds_over_ours": spread(times),
-        "peak_over_ours": median(peaks) / median(one["opd_agents"]["peak_mb"] for one in rounds),
-    }  # fmt: skip
+        "name": name,
+        **case._asdict(),
+        "seconds": median(seconds),
+        "peak_mb": median(peaks),
+        "seconds_spread": spread(seconds),
+        "peak_mb_spread": spread(peaks),
+        "seconds_over_ours": spread([a / b["seconds"] for a, b in zip(seconds, ours, strict=True)]),
+        "peak_over_ours": spread([a / b["peak_mb"] for a, b in zip(peaks, ours, strict=True)]),
+    }
 
 
 def page(result: Mapping[str, Any]) -> str:
     """The table as Markdown."""
     table = [
         {
-            "arm": row["name"], "vocab": str(row["vocab"]), "hidden": str(row["hidden"]),
-            "action tokens": f"{row['action_share']:.0%}", "beta": f"{row['beta']:g}",
+            "V, H, share, beta": "{vocab} {hidden} {action_share:.0%} {beta:g}".format(**row),
+            "arm": row["name"],
             "seconds": as_text(row["seconds_spread"]),
             "times ours": as_text(row["seconds_over_ours"], digits=1),
             "peak, MiB": as_text(row["peak_mb_spread"], digits=0),
-            "peaks ours": f"{row['peak_over_ours']:.1f}",
+            "peaks ours": f"{row['peak_over_ours']['median']:.1f}",
         }
         for row in result["results"]
-    ]  # fmt: skip
-    return markdown("Median (min to max) over calls, forward and backward.", result, table)
+    ]
+    about = "V entries, H wide, the share of action tokens; median (min to max) over calls with backward."
+    return markdown(about, result, table)
 
 
 def main(
-    vocab: Annotated[list[int], typer.Option(help="Entries of the vocabulary.")] = [32_000, 152_000],
-    action_share: Annotated[list[float], typer.Option(help="Positions that count.")] = [0.1, 0.25, 1.0],
-    beta: Annotated[list[float], typer.Option(help="0 forward KL, 1 reverse KL.")] = [0.0, 0.5, 1.0],
-    hidden: Annotated[list[int], typer.Option(help="Width of the hidden states.")] = [256],
-    positions: Annotated[int, typer.Option(min=1)] = 1024,
-    repeats: Annotated[int, typer.Option(min=1, help="Measured calls of each.")] = 5,
+    vocab: Annotated[list[int], typer.Option(min=2, help="Entries; repeatable, as the next.")] = [  # noqa: B006
+        32_000,
+        152_000,
+    ],
+    action_share: Annotated[list[float], typer.Option(min=0, max=1, help="Of the positions.")] = [  # noqa: B006
+        0.1,
+        0.25,
+        1.0,
+    ],
+    beta: Annotated[list[float], typer.Option(min=0, max=1, help="0 forward KL, 1 reverse KL.")] = [  # noqa: B006
+        0.0,
+        0.5,
+        1.0,
+    ],
+    hidden: Annotated[list[int], typer.Option(min=1, help="Width of the hidden states.")] = [256],  # noqa: B006
+    positions: Annotated[int, typer.Option(min=1, help="Rows of hidden states.")] = 1024,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured calls of each contender.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     out: Annotated[Path, typer.Option(help="Where loss.json and loss.md go.")] = Path("benchmarks/results"),
     call: Annotated[str | None, typer.Option("--worker", hidden=True)] = None,
 ) -> None:
-    """Seconds and peak memory of the distillation loss with its gradient. Options can be repeated."""
+    """Seconds and peak memory of the distillation loss with its gradient, and of its peers'."""
     if call is not None:
         worker(*json.loads(call))
         return
-    names, load = installed(list(CONTENDERS)), os.getloadavg()[0]
-    rows = [
-        row
-        for width, entries, share, at in product(hidden, vocab, action_share, beta)
-        for row in measure(Case(entries, share, at, width, positions), names, repeats, threads)
-    ]
+    cases = [Case(*at, positions) for at in product(vocab, action_share, beta, hidden)]
+    names, load = installed(), os.getloadavg()[0]
     result = {
         "positions": positions, "repeats": repeats, "torch": torch.__version__, "threads": threads,
-        "cores": os.cpu_count(), "load before": round(load, 2), "load after": round(os.getloadavg()[0], 2),
-        "results": rows,
+        "cores": os.cpu_count(), "load before": round(load, 2),
+        "results": [row for case in cases for row in measure(case, names, repeats, threads)],
+        "load after": round(os.getloadavg()[0], 2),
     }  # fmt: skip
     write(out, "loss", result, page(result), as_json)
 

@@ -151,9 +151,11 @@ def _followed(first: TeacherSignal, then: TeacherSignal) -> TeacherSignal:
 
 @dataclass(frozen=True, slots=True)
 class Assigned:
-    """What the components make of an experience, without gradient: the tokens that each selects (``counted``,
-    bool [N]) and their ``weights`` [N], the advantages of policy components, the credit of every action."""
+    """What the components make of an experience, without gradient: ``coefs`` at this step, the tokens that
+    each selects (``counted``, bool [N]) and their ``weights`` [N], the advantages of policy components, the
+    credit of every action."""
 
+    coefs: Mapping[str, float]
     counted: Mapping[str, Tensor]
     weights: Mapping[str, Tensor]
     composed: Mapping[str, Composed]
@@ -187,7 +189,8 @@ def credit(session: Session, experience: Experience) -> Assigned:
     }
     credits = with_factors(packed, trajectories, credits, functions)
     weights |= {name: weights[name] * factors(packed, credits, name) for name in functions}
-    return Assigned(chosen, weights, composed, credits)
+    coefs = {name: at(component.coef) for name, component in components.items()}
+    return Assigned(coefs, chosen, weights, composed, credits)
 
 
 def _taught(component: Component, experience: Experience) -> Tensor:

@@ -132,8 +132,8 @@ def check_behaviour(
     mean: float = math.inf,
     teacher_share: float = 0.0,
 ) -> float:
-    """Largest |re-scored - recorded| log-prob of the student's tokens of policy ``version``, which the teacher
-    had its share in.
+    """Largest |re-scored - recorded| log-prob of the student's tokens of policy ``version``, in which the
+    teacher had its share.
 
     Raises AlignmentError where it is above ``tolerance``, or the mean over tokens above ``mean``: another
     temperature, other weights, or misaligned tokens.

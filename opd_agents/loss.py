@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from opd_agents.batch import MicroBatch, Packed
 from opd_agents.composition import At, selected
 from opd_agents.config import Component, CrossEntropy, Distill, Entropy, Policy, Preference
-from opd_agents.errors import AlignmentError
 from opd_agents.experience import Assigned, Experience
 from opd_agents.frozen import targets
 from opd_agents.objectives import (
@@ -105,11 +104,11 @@ def plan(
     packed, parts = experience.packed, {}
     for name, component in components.items():
         if isinstance(component, Preference):
-            parts[name] = _preference(component, experience, batch, at(component.coef), current)
+            parts[name] = _preference(component, experience, batch, assigned.coefs[name], current)
             continue
         weights = torch.where(batch, assigned.weights[name], torch.zeros(()))
         counted = assigned.counted[name] & batch
-        share = at(component.coef) * token_coefficients(
+        share = assigned.coefs[name] * token_coefficients(
             weights, counted, packed.turn, packed.episode, component.denominator, component.constant
         )
         if isinstance(component, Policy):
@@ -174,8 +173,6 @@ def _preference(
         (selected(packed, trajectories, select) != 0) & batch
         for select in (component.chosen, component.rejected)
     )
-    if bool((chosen & rejected).any()):
-        raise AlignmentError("`chosen` and `rejected` of a preference select the same tokens.")
     names = {group: number for number, group in enumerate(sorted({t.group for t in trajectories if t.group}))}
     groups = torch.tensor([names.get(t.group, -1) for t in trajectories])
     episodes = [
@@ -187,7 +184,8 @@ def _preference(
         component.form, current, chosen | rejected, packed.episode, pairs,
         beta=component.beta, reference=anchor,
     )  # fmt: skip
-    active = found.slopes != 0
+    in_pairs = torch.tensor([episode for pair in pairs for episode in pair], dtype=torch.int64)
+    active = (chosen | rejected) & torch.isin(packed.episode, in_pairs)
     values = active * (found.losses.mean() if pairs else torch.zeros(())) / active.sum().clamp(min=1)
     return Part(component, active * coef, pairs=Pairs(found.slopes, values))
 

@@ -16,9 +16,10 @@ from rich.console import Console
 
 from opd_agents.batch import pack
 from opd_agents.config import RunConfig, load_config
-from opd_agents.credit import assign_credit, frozen_terms
+from opd_agents.credit import assign_credit
 from opd_agents.evaluation import load_suite, run_suite, summarise, table
 from opd_agents.evaluation.evaluate import Contestant, load_contestant
+from opd_agents.frozen import frozen_terms
 from opd_agents.policies.models import load_model
 from opd_agents.report import write_report
 from opd_agents.runs import latest_checkpoint, save_trajectories, trajectory_row, write_whole
@@ -113,7 +114,8 @@ def _save(
     credits: list[Any] = [[] for _ in trajectories]
     if contestant.chat is not None and name != "teacher":
         packed = pack(trajectories)
+        student = load_model(str(checkpoints[name]), "float32")
         signal = LocalTeacher(str(checkpoints["teacher"]), contestant.chat).score(packed, 16384)
-        frozen = frozen_terms(load_model(str(checkpoints[name]), "float32"), packed, signal, 1.0, 16384)
+        frozen = frozen_terms(student, packed, {"teacher": signal}, 1.0, 16384)
         credits = assign_credit(packed, trajectories, frozen, {}, {})
     save_trajectories(output, f"eval-{name}", map(trajectory_row, trajectories, credits))

@@ -102,8 +102,8 @@ class Session:
             return student, demonstrator
         if isinstance(source, str):
             return policies[source], demonstrator
-        shares = {name: (policies[name], share) for name, share in source.items()}
-        return MixturePolicy(shares), demonstrator
+        mixture = MixturePolicy({name: (policies[name], share) for name, share in source.items()})
+        return mixture, demonstrator
 
     def _helped(self, share: float) -> Policy:
         if not isinstance(self.teacher, ModelTeacher):

@@ -52,6 +52,9 @@ def step_metrics(
     elif taught is not None:
         row["distill/log_ratio"] = _mean(experience, frozen.logprob - taught.logprob, Actor.STUDENT)
     row |= _advantages(experience, assigned)
+    for name, component in session.config.loss.components.items():
+        if not isinstance(component.coef, float):
+            row[f"coef/{name}"] = assigned.coefs[name]
     if session.config.correction is not None:
         row |= {
             "correction/proposed": len(repairs),

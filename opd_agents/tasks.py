@@ -61,7 +61,7 @@ def redraw_episodes(
     episodes = []
     for place in places:
         which, index = int(chosen[place]), int(drawn[place])
-        fresh = [] if config.environments[which].limit else [step, attempt]
+        fresh = [] if config.environments[which].limit else [step, attempt, place]
         episodes += _group(config, step, groups[place], which, index, fresh, attempt)
     return episodes
 

@@ -43,8 +43,8 @@ class Edit:
         if ids[: len(self.plain)] != self.plain:
             raise AlignmentError(
                 f"{where}: the prompt does not begin as the chat renders its opening, so that the teacher's"
-                " context cannot be put in. The template writes the opening otherwise later in a conversation;"
-                " take chat.history: append, or another `conditioning.place`."
+                " context cannot be put in. If its template writes the opening otherwise later in a"
+                " conversation, take chat.history: append, or another `conditioning.place`."
             )
         return self.told + ids[len(self.plain) :]
 

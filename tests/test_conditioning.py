@@ -22,13 +22,13 @@ from opd_agents.chat import Chat
 from opd_agents.config.sections import Conditioning
 from opd_agents.errors import AlignmentError, ConfigError
 from opd_agents.messages import read_conversation
-from opd_agents.policies import History
+from opd_agents.policies import Action, ExpertPolicy, History
 from opd_agents.recordings import to_trajectory
 from opd_agents.rollout import Episode, Limits
 from opd_agents.teachers.conditioning import ConditionedPolicy, Conditioner
 from opd_agents.teachers.local import ModelTeacher
 from opd_agents.trainer import train
-from opd_agents.types import Actor, Outcome, Task, Trajectory
+from opd_agents.types import Actor, Outcome, StopReason, Task, Trajectory
 
 WIDE = dataclasses.replace(LIMITS, max_context_tokens=8000, max_tokens_per_turn=400)
 
@@ -50,9 +50,9 @@ class Noisy(Counter):
 
     def expert_action(self) -> str:
         if self.value == self.target or (self.lost and self.value):
-            return '{"name": "stop", "arguments": {}}'
+            return call("stop")
         self.played.append(self.target)
-        return json.dumps({"name": "add", "arguments": {"number": self.target - self.lost}})
+        return call("add", number=self.target - self.lost)
 
 
 class Unaided(Noisy):
@@ -84,26 +84,29 @@ def noisy(n: int = 2, id: str = "conditioning/Noisy-v0", group: str = "", **opti
 
 def tries(chat: Chat, episodes: Sequence[Episode], *actions: str) -> list[Trajectory]:
     """The student's, by a script that knows no target."""
-    calls = actions or (call("roll"), call("add", number=1), "What?", call("stop"))
-    number = {"add": 0}
+    calls = actions or (call("roll"), call("add", number=1), call("stop"))
 
     def choose(history: History) -> str:
-        number["add"] += 1
-        return calls[(len(history.messages) - 2) % len(calls)]
+        return calls[len(history.messages) - 2]
 
     return rolled(episodes, Scripted(choose, chat=chat), chat, limits=WIDE)
 
 
 def call(name: str, **arguments: Any) -> str:
-    return json.dumps({"name": name, "arguments": arguments})
+    return json.dumps({"name": name, "arguments": arguments}, separators=(",", ":"))
 
 
-def rendered(chat: Chat, one: Trajectory, context: str, place: str = "user") -> tuple[int, ...]:
-    """The conditioned prompt of the first turn, written out."""
+def rendered(
+    chat: Chat, one: Trajectory, context: str, place: str = "user", turns: int = 0
+) -> tuple[int, ...]:
+    """The conditioned prompt after some turns, written out."""
     messages = chat.opening(one.messages[1:], one.messages[0].content)
     index = [m.role for m in messages].index(place)
     content = f"{messages[index].content}\n\n{context}"
     messages[index] = dataclasses.replace(messages[index], content=content)
+    for turn in one.turns[:turns]:
+        said = chat.read_message(turn.action_ids, ended=True, context_ids=turn.context_ids)
+        messages += [said, *turn.messages]
     return chat.written_ids(messages, envs.make(one.env_id, **one.env_kwargs).tools)
 
 
@@ -126,48 +129,53 @@ def check_same_actions(before: Any, after: Any, taught: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("place", ["user", "system"])
-@pytest.mark.parametrize(
-    "name", ["qwen2_5", "qwen3", "llama3_1", "deepseekv3", "gemma3", "glm4moe", "gptoss"]
-)
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3_1", "deepseekv3", "glm4moe", "gptoss"])
 def test_only_the_opening_of_a_published_template_changes(name: str, place: str) -> None:
     chat = family(name)
     trajectories = tries(chat, noisy())
     packed = pack(trajectories)
     after, taught = conditioner(chat, "text", place=place).condition(packed, trajectories)
     check_same_actions(packed, after, taught)
-    for row, one in zip(after.rows, trajectories, strict=True):
+    for row, old, one in zip(after.rows, packed.rows, trajectories, strict=True):
         prompt = rendered(chat, one, "Be brief.", place)
         assert tuple(row[: len(prompt)].tolist()) == prompt
-        assert (
-            torch.equal(row[len(prompt) :], packed.rows[0][len(one.turns[0].context_ids) :])
-            or one.uid != "n0"
-        )
+        assert torch.equal(row[len(prompt) :], old[len(one.turns[0].context_ids) :])
 
 
-@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3_1", "glm4moe"])
+class Written(Scripted):
+    """Texts token for token, as if they had been sampled."""
+
+    def _action(self, text: str) -> Action:
+        assert self.chat is not None
+        tokenizer = self.chat.tokenizer
+        ids = (*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id)
+        return Action(self.actor, StopReason.END, ids, (-0.5,) * len(ids))
+
+
+HERMES = [
+    f"<think>\nHm {n}.\n</think>\n\n<tool_call>\n{text}\n</tool_call>"
+    for n, text in enumerate([call("add", number=1), "{add}", call("add", number=2), call("stop")])
+]
+
+
 @pytest.mark.parametrize("place", ["user", "system"])
-def test_where_prompts_are_rendered_anew_every_segment_is_told(name: str, place: str) -> None:
-    chat = family(name, history="template", kwargs={"enable_thinking": False})
-    trajectories = tries(chat, noisy(), call("add", number=1), "<think>Hm.</think>What?", call("stop"))
-    packed = pack(trajectories)
-    after, taught = conditioner(chat, "text", place=place).condition(packed, trajectories)
+@pytest.mark.parametrize(
+    ("name", "kwargs"), [("qwen3", {}), ("qwen3", {"enable_thinking": False}), ("qwen2_5", {})]
+)
+def test_where_prompts_are_rendered_anew_every_segment_is_told(
+    name: str, kwargs: dict[str, Any], place: str
+) -> None:
+    chat = family(name, history="template", kwargs=kwargs)
+    writes = Written(lambda history: HERMES[len(history.messages) - 2], chat=chat)
+    (one,) = rolled(noisy(1), writes, chat, limits=WIDE)
+    packed = pack([one])
+    after, taught = conditioner(chat, "text", place=place).condition(packed, [one])
     check_same_actions(packed, after, taught)
-    assert bool(taught.all())
-    number = 0
-    for one in trajectories:
-        system, *opening = one.messages
-        for start, _ in one.segments():
-            messages = chat.opening(opening, system.content)
-            index = [m.role for m in messages].index(place)
-            content = f"{messages[index].content}\n\nBe brief."
-            messages[index] = dataclasses.replace(messages[index], content=content)
-            for turn in one.turns[:start]:
-                said = chat.read_message(turn.action_ids, ended=True, context_ids=turn.context_ids)
-                messages += [said, *turn.messages]
-            prompt = chat.written_ids(messages, envs.make(one.env_id).tools)
-            assert tuple(after.rows[number][: len(prompt)].tolist()) == prompt
-            number += 1
-    assert number == len(after.rows) > (2 if name == "qwen3" else 1)
+    starts = [start for start, _ in one.segments()]
+    assert len(starts) > 1 and bool(taught.all())
+    for row, start in zip(after.rows, starts, strict=True):
+        prompt = rendered(chat, one, "Be brief.", place, start)
+        assert tuple(row[: len(prompt)].tolist()) == prompt
 
 
 @pytest.mark.parametrize("own", [None, "", "Obey."])
@@ -206,10 +214,11 @@ def test_whatever_the_text_says_it_stays_text(parts: list[str], place: str) -> N
 def test_a_recorded_conversation_is_told_too() -> None:
     chat = family("qwen3")
     tool = {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}}
+    used = {"name": "add", "arguments": {}}
     row = {
         "messages": [
             {"role": "user", "content": "Go."},
-            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]},
+            {"role": "assistant", "content": "", "tool_calls": [{"function": used}]},
             {"role": "tool", "content": "2"},
             {"role": "assistant", "content": "Done."},
         ],
@@ -230,7 +239,7 @@ def test_a_prompt_that_the_chat_does_not_render_is_refused(change: str) -> None:
         first = one.turns[0]
         moved = dataclasses.replace(first, context_ids=first.context_ids[1:])
         one, other = dataclasses.replace(one, turns=(moved, *one.turns[1:])), chat
-    with pytest.raises(AlignmentError, match="n0.*prompt does not begin as the chat renders"):
+    with pytest.raises(AlignmentError, match=r"n0.*prompt does not begin as the chat renders"):
         conditioner(other, "text").condition(pack([one]), [one])
 
 
@@ -337,13 +346,14 @@ def test_untaught_episodes_and_those_without_a_turn_stay_as_they_are() -> None:
 def test_it_scores_the_students_tokens_after_the_told_prompt(
     teacher: Any, student: Any, desk_chat: Chat
 ) -> None:
-    trajectories = rolled(desk_episodes(4, max_turns=3), sampler(student, desk_chat), desk_chat)
+    episodes = desk_episodes(4)
+    trajectories = rolled(episodes, sampler(student, desk_chat), desk_chat)
     packed = pack(trajectories)
     after, taught = conditioner(desk_chat, "expert").condition(packed, trajectories)
     assert bool(taught.all())
     signal = ModelTeacher(teacher, desk_chat, 1.0).score(after, 500)
     for number, one in enumerate(trajectories):
-        (expert,) = rolled([desk_episodes(4, max_turns=3)[number]], opd_expert())
+        (expert,) = rolled([episodes[number]], ExpertPolicy())
         prompt = rendered(desk_chat, one, "\n".join(turn.action for turn in expert.turns))
         rest = [i for turn in one.turns for i in (*turn.context_ids, *turn.action_ids)]
         ids = torch.tensor([*prompt, *rest[len(one.turns[0].context_ids) :]])
@@ -354,18 +364,12 @@ def test_it_scores_the_students_tokens_after_the_told_prompt(
         torch.testing.assert_close(signal.head(signal.hidden)[mine], logits[places], atol=1e-4, rtol=1e-4)
 
 
-def opd_expert() -> Any:
-    from opd_agents.policies import ExpertPolicy
-
-    return ExpertPolicy()
-
-
 @pytest.mark.parametrize("source", ["text", "expert"])
 def test_it_acts_on_the_told_prompt_and_is_recorded_without(
     source: str, teacher: Any, desk_chat: Chat
 ) -> None:
     knows = conditioner(desk_chat, source)
-    episodes = desk_episodes(3, max_turns=3)
+    episodes = desk_episodes(3)
     acting = ModelTeacher(teacher, desk_chat, 1.0, conditioner=knows)
     played = rolled(episodes, acting, desk_chat)
     again, taught = knows.condition(pack(played), played)
@@ -395,15 +399,14 @@ def test_its_best_action_is_told_too(teacher: Any, desk_chat: Chat) -> None:
 def test_in_rendered_histories_it_acts_on_the_told_conversation() -> None:
     chat, seen = family("qwen3", history="template"), list[History]()
 
-    class Spy(Scripted):
+    class Spy(Written):
         def act(self, histories: Sequence[History]) -> Any:
             seen.extend(histories)
             return super().act(histories)
 
-    calls = [call("add", number=1), "What?", call("stop")]
-    spy = Spy(lambda history: calls[len(history.messages) - 2], Actor.TEACHER, chat)
+    spy = Spy(lambda history: HERMES[len(history.messages) - 2], Actor.TEACHER, chat)
     (one,) = rolled(noisy(1), ConditionedPolicy(spy, conditioner(chat, "text")), chat, limits=WIDE)
-    assert len(seen) == len(one.turns) == 2
+    assert len(seen) == len(one.turns) == 4
     after, _ = conditioner(chat, "text").condition(pack([one]), [one])
     for number, (start, stop) in enumerate(one.segments()):
         row = tuple(after.rows[number].tolist())

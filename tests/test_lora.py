@@ -15,19 +15,20 @@ from transformers import AutoModelForCausalLM
 
 from opd_agents import trainer
 from opd_agents.batch import pack
-from opd_agents.config import Lora, RunConfig, load_config
-from opd_agents.frozen import frozen_terms
+from opd_agents.config import Lora, RunConfig, Teacher, load_config
 from opd_agents.errors import CheckpointError, ConfigError
 from opd_agents.evaluation import evaluate
+from opd_agents.frozen import frozen_terms
 from opd_agents.policies.adapters import adapter_off, add_adapter
 from opd_agents.policies.models import backward_flops, forward_flops, load_merged, load_model, save_checkpoint
 from opd_agents.runs import latest_checkpoint
 from opd_agents.session import load_session
-from opd_agents.teachers.local import SelfTeacher
+from opd_agents.teachers.self_teacher import self_teacher
 from opd_agents.trainer import train
 from opd_agents.types import Actor
 
 LORA = {"rank": 4, "alpha": 8.0}
+BASE = {"kind": "self"}
 IDS = torch.arange(20, 44)[None]
 
 
@@ -185,26 +186,32 @@ def test_a_base_that_is_gone_is_told_with_the_remedy(
 # ---- the base as teacher ----
 
 
+def frozen(model: Any, chat: Any) -> Any:
+    return self_teacher(Teacher.model_validate(BASE), model, chat, 1.0, fresh_adapter=True)
+
+
 def test_the_base_as_teacher_is_the_student_until_it_learns(base: Path, desk_chat: Any) -> None:
     model = load_model(str(base), "float32")
     add_adapter(model, Lora(**LORA), seed=3)
     size = sum(p.numel() for p in model.parameters())
-    itself = SelfTeacher(model, desk_chat)
-    assert itself.model is model and itself.sampler.model is model and itself.greedy.model is model
+    itself = frozen(model, desk_chat)
+    assert itself.model is model and itself.sampler.model is model and itself.best.model is model
     assert sum(p.numel() for p in itself.model.parameters()) == size
     rolls = rolled(desk_episodes(4, max_turns=3), sampler(model, desk_chat), desk_chat)
     packed = pack(rolls)
     same = frozen_terms(model, packed, {"teacher": itself.score(packed, 400)}, 1.0, 400)
-    assert same.kl is not None and not same.kl.any()
-    assert torch.equal(same.logprob, same.teacher_logprob)
+    said = same.references["teacher"]
+    assert said.kl is not None and not said.kl.any()
+    assert torch.equal(same.logprob, said.logprob)
     disturb(model)
     apart = frozen_terms(model, packed, {"teacher": itself.score(packed, 400)}, 1.0, 400)
-    assert float(apart.kl.mean()) > 1e-3
-    assert torch.equal(apart.teacher_logprob, same.teacher_logprob)
+    later = apart.references["teacher"]
+    assert later.kl is not None and float(later.kl.mean()) > 1e-3
+    assert torch.equal(later.logprob, said.logprob)
 
 
 def test_it_acts_and_counts_as_the_base(base: Path, adapted: Any, desk_chat: Any) -> None:
-    itself, plain = SelfTeacher(adapted, desk_chat), load_model(str(base), "float32")
+    itself, plain = frozen(adapted, desk_chat), load_model(str(base), "float32")
     theirs = sampler(plain, desk_chat, actor=Actor.TEACHER)
     episodes = desk_episodes(4, max_turns=3)
     assert rolled(episodes, itself, desk_chat) == rolled(episodes, theirs, desk_chat)
@@ -227,7 +234,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
     """A reverse KL to the base itself and the verifier's reward, on an adapter."""
     evaluation = {"suite": tiny.SUITE, "limit": 4, "every": 2}
     output = tmp_path_factory.mktemp("lora") / "run"
-    return train(config(output, tiny_teacher, teacher={"kind": "self"}, evaluation=evaluation))
+    return train(config(output, tiny_teacher, teacher=BASE, evaluation=evaluation))
 
 
 def test_a_run_leaves_the_base_as_it_is_and_the_teacher_stays_where_it_was(
@@ -246,7 +253,7 @@ def test_a_run_leaves_the_base_as_it_is_and_the_teacher_stays_where_it_was(
 def test_its_session_holds_the_weights_once(run: Path, tiny_teacher: Path, tmp_path: Path) -> None:
     from opd_agents.runs import RunFolder
 
-    settings = config(tmp_path / "again", tiny_teacher, teacher={"kind": "self"})
+    settings = config(tmp_path / "again", tiny_teacher, teacher=BASE)
     session = load_session(settings, RunFolder(settings.folder, {}, resume=False))
     held = {id(p): p.numel() for model in (session.model, session.teacher.model) for p in model.parameters()}
     base = load_model(str(latest_checkpoint(tiny_teacher)), "float32")
@@ -272,7 +279,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not(
         return original(session)
 
     evaluation = {"suite": tiny.SUITE, "limit": 4, "every": 2}
-    again = config(tmp_path / "run", tiny_teacher, teacher={"kind": "self"}, evaluation=evaluation)
+    again = config(tmp_path / "run", tiny_teacher, teacher=BASE, evaluation=evaluation)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(trainer, "train_step", train_step)
         train(again)
@@ -319,7 +326,7 @@ def test_another_adapter_on_an_adapter_is_refused(run: Path, tmp_path: Path) -> 
         changed = config(
             tmp_path / "run",
             latest_checkpoint(run),
-            teacher={"kind": "self"},
+            teacher=BASE,
             student={"model": str(run), "lora": lora},
         )
         with pytest.raises(ConfigError, match="opd-agents export"):
@@ -332,10 +339,8 @@ def test_mistakes_are_told_before_training(tiny_teacher: Path, tmp_path: Path) -
         train(config(output, tiny_teacher, "student.lora.targets=[c_attn]"))
     with pytest.raises(ConfigError, match=r"student\.build"):
         train(load_config(tiny.sft(output, student={"build": tiny.BUILD, "lora": LORA})))
-    with pytest.raises(ConfigError, match=r"student\.lora"):
-        config(output, tiny_teacher, teacher={"kind": "self"}, student={"model": str(tiny_teacher)})
     with pytest.raises(ConfigError, match=r"`model` is for other kinds"):
-        config(output, tiny_teacher, teacher={"kind": "self", "model": str(tiny_teacher)})
+        config(output, tiny_teacher, teacher=BASE | {"model": str(tiny_teacher)})
     assert not os.path.exists(output / "metrics.jsonl")
     train(config(output, tiny_teacher, "trainer.steps=1"))  # the corrected run is not told that there is one
 

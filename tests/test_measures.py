@@ -467,12 +467,43 @@ def test_padding_and_other_rows_change_nothing(measure: Measure, rows: int, seed
     assert_same(alone, (run(pad=False)[0][-1:], run(pad=False)[1][-1:]))
 
 
+@pytest.mark.parametrize("options", [{"tail": "bucket"}, {"tail": "none", "renormalise": "both"}])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_a_head_or_a_rest_without_any_mass_gives_no_nan(kind: Kind, options: dict[str, Any]) -> None:
+    student = STUDENT.clone()
+    student[0, TEACHER[0].topk(3).indices] = -INF  # the student has nothing on the teacher's top k
+    rest = torch.ones(V, dtype=torch.bool)
+    rest[TEACHER[1].topk(3).indices] = False
+    student[1, rest] = -INF  # and here nothing but it
+    measure = Measure(kind, signal="teacher_top_k", k=3, **options)
+    for score in (of(measure), of_top_k(measure)):
+        value, gradient = value_and_gradient(anywhere(score), student)
+        assert not value.isnan().any() and gradient.isfinite().all()
+        assert (gradient[student == -INF] == 0).all()
+    if options["tail"] == "none":
+        expected = divergence(student[1:, ~rest], TEACHER[1:, ~rest], kind)[:1]
+        torch.testing.assert_close(value[1:2], expected)
+
+
+def test_k3_counts_what_only_the_teacher_can_say() -> None:
+    """Its terms p - q - q d sum to the reverse KL only together with those of q = 0."""
+    student = STUDENT.clone()
+    student[:, 2] = -INF
+    score = expectation(of(Measure("reverse_kl", signal="sampled", estimator="k3", ratio="live")))
+    expected = value_and_gradient(lambda log_q: divergence(log_q, TEACHER, "reverse_kl"), student)
+    assert_same(value_and_gradient(score, student), expected)
+
+
+@pytest.mark.parametrize("teacher_too", [False, True])
 @pytest.mark.parametrize("measure", [m for m in MEASURES if m.signal == "sampled" or m.tail == "sampled"])
-def test_an_action_token_that_nobody_could_sample_is_infinite(measure: Measure) -> None:
-    student, ids = STUDENT.clone(), LOG_P.argmin(-1)  # in no top k of the teacher
+def test_an_action_token_that_nobody_could_sample_is_infinite(measure: Measure, teacher_too: bool) -> None:
+    student, teacher, ids = STUDENT.clone(), TEACHER.clone(), LOG_P.argmin(-1)  # in no top k of the teacher
     student[0, ids[0]] = -INF
+    if teacher_too:
+        teacher[0, ids[0]] = -INF
+    score = of(measure, teacher.log_softmax(-1))
     behaviour = student.log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
-    value, gradient = value_and_gradient(lambda log_q: of(measure)(log_q, ids, behaviour), student)
+    value, gradient = value_and_gradient(lambda log_q: score(log_q, ids, behaviour), student)
     assert value[0] == INF and (gradient[0] == 0).all()
     assert value[1:].isfinite().all() and gradient.isfinite().all()
 

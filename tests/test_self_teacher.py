@@ -368,7 +368,8 @@ def test_signals_have_a_row_for_each_token() -> None:
 
 
 def test_a_self_teacher_says_which_weights(tmp_path: Path, tiny_teacher: Path) -> None:
-    for broken in ({}, {"weights": "copy"}, {"weights": "ema", "rate": 0.1, "every": 2}, {"weights": "old"}):
+    assert run(tmp_path, tiny_teacher, {}).teacher.weights == "frozen"
+    for broken in ({"weights": "copy"}, {"weights": "ema", "rate": 0.1, "every": 2}, {"weights": "old"}):
         with pytest.raises(ConfigError):
             run(tmp_path, tiny_teacher, broken)
     assert load_config(run(tmp_path, tiny_teacher, RUNS["copy"]).model_dump(mode="json"))

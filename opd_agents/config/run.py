@@ -116,7 +116,7 @@ def _references_given(config: RunConfig) -> None:
     if config.rollout.teacher_share and not alone:
         raise ValueError(
             "rollout.teacher_share mixes the teacher into the student's every token: it needs `source:"
-            " student`, a teacher without conditioning, and no `correction`, whose proof is the student's alone"
+            " student`, a teacher without conditioning, and no `correction`, which the student proves alone"
         )
 
 

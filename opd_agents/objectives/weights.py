@@ -143,8 +143,7 @@ def kl_collapse(kl: Tensor, turns: Tensor, episodes: Tensor, *, floor: float) ->
     turns before, 1 until then: ``[n], [n], [n] -> [n]``."""
     means, unit, own = unit_means(kl.clamp(min=0), turns)  # rounding leaves -1e-7 where q = p
     episode = _of_units(episodes, unit, own)
-    place = places(episode)
-    low = (place > 0) & (means * place < floor * _sums_before(means, episode))
+    low = means * places(episode) < floor * _sums_before(means, episode)  # never a first turn: 0 < 0
     collapsed = low | (_sums_before(low.to(means.dtype), episode) > 0)
     return (~collapsed).to(means.dtype)[unit]
 
