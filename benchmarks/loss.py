@@ -178,7 +178,7 @@ def calls(name: str, case: Case, gradients: Path) -> Iterator[dict[str, float]]:
     inputs and what libraries keep."""
     inputs, loss_of = make_inputs(case), CONTENDERS[name](case.beta)
     loss = loss_of(inputs)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     of_hidden, of_weight = inputs.student.grad, inputs.student_weight.grad
     assert of_hidden is not None and of_weight is not None
     vector = torch.randn(case.hidden, generator=torch.Generator().manual_seed(1))
@@ -192,7 +192,7 @@ def calls(name: str, case: Case, gradients: Path) -> Iterator[dict[str, float]]:
         inputs.student.grad = inputs.student_weight.grad = None
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         started = time.perf_counter()
-        loss_of(inputs).backward()  # type: ignore[no-untyped-call]
+        loss_of(inputs).backward()
         yield {"seconds": time.perf_counter() - started, "peak_mb": resident("VmHWM") - before}
 
 

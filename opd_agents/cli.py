@@ -25,10 +25,12 @@ from opd_agents.terminal import (
     details,
     err,
     listing,
+    methods_table,
     out,
     print_result,
     print_written,
     show_episode,
+    show_method,
     show_outcome,
     show_run,
 )
@@ -237,7 +239,7 @@ def envs(
 
 @app.command()
 def methods(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this preset's YAML.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this one and its preset.")] = None,
     as_json: Json = False,
 ) -> None:
     """List the methods, presets of the one trainer.
@@ -247,11 +249,11 @@ def methods(
     from opd_agents.config import list_methods, method_text
 
     text = method_text(name) if name else ""
-    if name and not as_json:
-        out.print(text, markup=False, highlight=False, soft_wrap=True, end="")
-        return
     rows = [row for row in list_methods() if name in (None, row["name"])]
-    print_result(rows, listing(rows, "name", "family", "title", "paper"), as_json)
+    if name and not as_json:
+        show_method(rows[0], text)
+    else:
+        print_result(rows, methods_table(rows), as_json)
 
 
 @app.command()

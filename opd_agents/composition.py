@@ -27,7 +27,7 @@ At: TypeAlias = Callable[[Scheduled], float]
 
 @dataclass(frozen=True, slots=True)
 class Composed:
-    """A policy component's advantage [N], its parts [N] by name, and of reward parts the episodes' own [E]."""
+    """A policy component's advantage [N], its parts [N] by name, and the episodes' own [E], of reward parts."""
 
     advantage: Tensor
     parts: Mapping[str, Tensor]

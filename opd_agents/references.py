@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from opd_agents import envs
 from opd_agents.batch import Packed
 from opd_agents.chat import Chat
-from opd_agents.config import RunConfig
+from opd_agents.config import EnvironmentSource, RunConfig
 from opd_agents.config.needs import Need, reference_needs
 from opd_agents.config.sections import Teacher as TeacherSettings
 from opd_agents.errors import ConfigError
@@ -166,10 +166,14 @@ def check_references(config: RunConfig) -> None:
         elif settings.kind != "self":
             teacher_class(place(name), settings, needs.get(name, frozenset()))
         sources = settings.conditioning.sources if settings.conditioning else []
-        if "expert" in sources and not any(
-            envs.make(source.id, **source.options).has_expert for source in config.environments
-        ):
+        if "expert" in sources and not any(_has_expert(source) for source in config.environments):
             raise ConfigError(
                 f"{place(name)}.conditioning.sources: expert, but none of the environments has a scripted"
                 " expert; take another source."
             )
+
+
+def _has_expert(source: EnvironmentSource) -> bool:
+    env = envs.make(source.id, **source.options)
+    env.close()
+    return env.has_expert

@@ -25,6 +25,8 @@ from opd_agents.config import (
     SignedScheduled,
     Student,
 )
+from opd_agents.config.needs import weights_of
+from opd_agents.config.weights import WithoutTokens
 from opd_agents.distributed import ALONE, World
 from opd_agents.errors import CheckpointError, ConfigError, RunFolderError
 from opd_agents.evaluation import load_suite
@@ -277,6 +279,7 @@ def load_session(config: RunConfig, folder: RunFolder, world: World = ALONE) -> 
     model, tokenizer, chat = _student(config, str(checkpoints[-1]) if checkpoints else None)
     check_projection(model, config.student.dtype)
     _check_spans(config, chat)
+    _check_texts(config, chat)
     if config.trainer.gradient_checkpointing:
         prepare_recomputation(model)
     references = References(config, model, chat)
@@ -306,6 +309,14 @@ def _check_conversations(session: Session) -> None:
     for episode in first.values():
         check_conversation(episode, make=envs.make, chat=session.chat, limits=session.limits)
     session.references.check(first.values())
+
+
+def _check_texts(config: RunConfig, chat: Chat) -> None:
+    for component in config.loss.components.values():
+        for weight in weights_of(component):
+            if isinstance(weight, WithoutTokens):
+                for text in set(weight.tokens) - {"end"}:
+                    chat.token_id(text)
 
 
 def _check_spans(config: RunConfig, chat: Chat) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
+from textwrap import dedent
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -54,6 +56,28 @@ def details(row: dict[str, Any]) -> Table:
     for key, value in row.items():
         table.add_row(key, escape(_text(value)))
     return table
+
+
+def methods_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The methods, those of a family together."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("name", no_wrap=True)
+    table.add_column("title", overflow="fold", ratio=1)
+    table.add_column("paper", overflow="fold", max_width=16)
+    for family, members in groupby(rows, key=lambda row: row["family"]):
+        table.add_row(f"[bold]{escape(family)}[/]")
+        for row in members:
+            table.add_row(f"  {row['name']}", escape(row["title"]), escape(row["paper"]))
+    return table
+
+
+def show_method(row: Mapping[str, Any], text: str) -> None:
+    """A method: what is known of it, and the settings of its preset as its YAML ``text`` has them."""
+    said = {key: value for key, value in row.items() if key not in ("name", "config")}
+    out.print(details({"method": row["name"]} | said))
+    settings = dedent(text.partition("\nconfig:\n")[2])
+    shown = f"\n# what `method: {row['name']}` stands for; a config may change any of it\n{settings}"
+    out.print(shown, markup=False, highlight=False, soft_wrap=True, end="")
 
 
 def show_run(run: Path) -> None:

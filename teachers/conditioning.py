@@ -149,10 +149,7 @@ class Conditioner:
 
     def _edit_of(self, trajectory: Trajectory, context: str) -> Edit:
         tools = self._tools(trajectory.env_id, to_json(trajectory.env_kwargs))
-        opening = list(trajectory.messages)
-        edit = self._edit(opening, tools, context)
-        edit(trajectory.turns[0].context_ids, trajectory.uid)
-        return edit
+        return self._edit(list(trajectory.messages), tools, context)
 
     def _edit(self, opening: list[Message], tools: Sequence[ToolSpec], context: str) -> Edit:
         """``opening``: the messages before the first action, with the environment's system prompt."""
@@ -162,7 +159,7 @@ class Conditioner:
         told = self.chat.written_ids(_with_context(messages, self.settings.place, context), tools)
         same = 0
         while same < min(len(plain), len(told)) and plain[-1 - same] == told[-1 - same]:
-            same += 1
+            same += 1  # where the two end alike, the student's ids are the teacher's
         return Edit(plain[: len(plain) - same], told[: len(told) - same])
 
 

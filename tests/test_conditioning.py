@@ -456,6 +456,33 @@ def test_a_live_teacher_that_is_told_more_differs_from_the_student(
         assert row["distill/kl"] > 1e-6 and row["loss/distill"] > 1e-6
 
 
+def test_a_teacher_that_is_told_the_solution_repairs_and_demonstrates(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    sources = {"sources": ["expert"], "template": "Say {context}"}
+    components = tiny.MIX["loss"]["components"] | {
+        "distill": {"kind": "distill", "select": {"actor": "student"}}
+    }
+    shown = {"actor": "teacher", "when": "always"}
+    rollout = {"episodes_per_step": 4, "group_size": 2, "demonstrations": shown, **tiny.LIMITS}
+    changes = {"correction": tiny.MIX["correction"], "loss": {"components": components}, "rollout": rollout}
+    folder = train(run(tmp_path / "run", tiny_teacher, sources, **changes))
+    rows = tiny.metrics(folder)
+    assert sum(row["correction/proposed"] for row in rows) > 0
+    assert all(row["distill/kl"] > 1e-6 for row in rows)
+
+
+def test_a_template_that_cannot_carry_the_context_is_refused() -> None:
+    mute = (
+        "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    )
+    mute += "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    chat = Chat(family("qwen3").tokenizer, template=mute, system="", syntax="hermes")
+    conditioner(chat, "text", place="user").check(noisy(1)[0])
+    with pytest.raises(ConfigError, match="drops a system message"):
+        conditioner(chat, "text", place="system").check(noisy(1)[0])
+
+
 @pytest.mark.parametrize(
     ("sources", "changes", "message"),
     [

@@ -80,12 +80,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
     root, model = tmp_path_factory.mktemp("runs"), str(latest_checkpoint(tiny_teacher))
     adapted = {"student": {"model": model, "lora": {"rank": 4, "alpha": 8.0}}}
     short = "trainer.steps=2"
+    average = {
+        "kind": "self",
+        "weights": "ema",
+        "rate": 0.3,
+        "conditioning": {"sources": ["peer", "feedback"]},
+    }
 
     def configs(ranks: int) -> list[RunConfig]:
         muon = ("trainer.optimizer=muon", "trainer.gradient_checkpointing=true", short)
         return [
             config(root / f"full-{ranks}", tiny_teacher),
             config(root / f"lora-{ranks}", tiny_teacher, short, **adapted),
+            config(root / f"average-{ranks}", tiny_teacher, short, student={"model": model}, teacher=average),
             one_episode(root / f"one_episode-{ranks}", tiny_teacher, short),
             one_episode(root / f"muon-{ranks}", tiny_teacher, *muon),
         ]
@@ -123,8 +130,10 @@ def assert_equal(one: Path, two: Path, tolerance: float = 1e-5) -> None:
             continue
         assert {file.name for file in first.iterdir()} == {file.name for file in second.iterdir()}
         weights = "adapter_model" if (first / "adapter_config.json").exists() else "model"
-        files = [load_file(folder / f"{weights}.safetensors") for folder in (first, second)]
-        torch.testing.assert_close(files[1], files[0], rtol=tolerance, atol=tolerance)
+        for name in (f"{weights}.safetensors", "teachers/weights.safetensors"):
+            if (first / name).exists():
+                files = [load_file(folder / name) for folder in (first, second)]
+                torch.testing.assert_close(files[1], files[0], rtol=tolerance, atol=tolerance)
         if checkpoint != "best":
             close(*(torch.load(folder / "optimizer.pt") for folder in (first, second)), tolerance)
     for file in (one / "trajectories").iterdir():
@@ -152,7 +161,7 @@ def rows(file: Path) -> list[Any]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "one_episode"])
+@pytest.mark.parametrize("kind", ["full", "lora", "average", "one_episode"])
 def test_two_processes_train_as_one(runs: Path, kind: str) -> None:
     assert_equal(runs / f"{kind}-1", runs / f"{kind}-2")
     if kind == "full":

@@ -297,7 +297,7 @@ def test_a_run_counts_what_it_threw_away(runs: list[Path]) -> None:
     rows, kept = tiny.metrics(runs[0]), 0
     for file in sorted((runs[0] / "trajectories").iterdir()):
         for line in file.read_text().splitlines():
-            kept += sum(len(turn["action_ids"]) for turn in json.loads(line)["turns"])
+            kept += sum(len(turn["action_ids"]) for turn in json.loads(line)["trajectory"]["turns"])
     assert rows[-1]["total/generated_tokens"] > kept
     assert sum(row["groups/redrawn"] for row in rows) > 0
     assert sum(row["demonstrations/episodes"] for row in rows) > 0

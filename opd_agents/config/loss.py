@@ -6,7 +6,7 @@ Every published method is a combination of these (`configs/methods/*.yaml`); the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, model_validator
@@ -37,6 +37,11 @@ def _check_given(section: Section, **fields: tuple[bool, str]) -> None:
         if needed != (vars(section)[name] is not None):
             remedy = "is missing" if needed else f"has no use (`{name}: null` takes it out)"
             raise ValueError(f"`{name}` {remedy}; it is {what}")
+
+
+def _check_signless(key: str, weights: Sequence[Weight]) -> None:
+    if any(isinstance(weight, LikelihoodShift) for weight in weights):
+        raise ValueError(f"`{key}`: likelihood_shift follows a reward's sign; it is a gate of `rewards`")
 
 
 class Select(Section):
@@ -74,8 +79,7 @@ class _Component(Section):
     def _constant_given(self) -> _Component:
         if (self.denominator == "constant") != (self.constant is not None):
             raise ValueError("`constant` is needed with `denominator: constant`, and only there")
-        if any(isinstance(weight, LikelihoodShift) for weight in self.weights):
-            raise ValueError("`weights`: likelihood_shift follows an advantage's sign: a gate of `rewards`")
+        _check_signless("weights", self.weights)
         return self
 
 
@@ -158,6 +162,7 @@ class ReferencePart(Section):
     def _something_counts(self) -> ReferencePart:
         if not self.include_now and self.discount == 0:
             raise ValueError("`include_now: false` with `discount: 0` leaves no d at all")
+        _check_signless("gates", self.gates)
         if self.baseline == "closed_form" and (self.length_normalise or not self.include_now):
             raise ValueError(
                 "`baseline: closed_form` is that of a token's own d, undivided: not for `include_now: false`"

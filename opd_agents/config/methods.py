@@ -22,12 +22,10 @@ def method_text(name: str) -> str:
 
 
 def list_methods() -> list[dict[str, Any]]:
-    """The shipped presets: name, title, paper, family, signal, formula, cost, verified."""
-    keys, rows = ("title", "paper", "family", "signal", "formula", "cost", "verified"), []
-    for name in _method_names():
-        raw = yaml.safe_load(method_text(name))
-        rows.append({"name": name} | {key: raw[key] for key in keys})
-    return rows
+    """The shipped presets, those of a family together: name, title, paper, family, signal, formula, cost,
+    verified, config."""
+    rows = [{"name": name} | yaml.safe_load(method_text(name)) for name in _method_names()]
+    return sorted(rows, key=lambda row: (row["family"], row["name"]))
 
 
 def _method_names() -> list[str]:

@@ -47,7 +47,9 @@ def weights_of(component: Component) -> Iterator[Weight]:
 def _of_component(component: Component) -> Iterator[tuple[str, Need]]:
     match component:
         case Distill():
-            yield component.reference, component.signal
+            # a target between the two needs both whole, unless both are cut to the teacher's top k
+            whole = component.geometric != 0 and component.renormalise == "none"
+            yield component.reference, "full" if whole else component.signal
         case Policy():
             for part in component.references.values():
                 yield part.reference, "full" if part.baseline == "closed_form" else "sampled"
