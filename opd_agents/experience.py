@@ -76,12 +76,6 @@ def score(session: Session, trajectories: Sequence[Trajectory]) -> Experience:
         )
     tokens, owned = config.trainer.micro_batch_tokens, session.world.owned(packed)
     signals, taught = session.score(packed, trajectories, owned)
-    for name, signal in signals.items():
-        if len(rows := _rows(signal)) != len(packed.target):
-            raise AlignmentError(
-                f"The reference `{name}` gave {len(rows)} rows for {len(packed.target)} action tokens: it "
-                "must give one for every action token, in the order of the packed table."
-            )
     read = bool(packed.rows) and _reads_terms(session, trajectories)
     frozen = frozen_terms(session.model, packed, signals, config.rollout.temperature, tokens, owned & read)
     frozen = frozen.summed(session.world.sum).where_taught(taught)
@@ -102,10 +96,6 @@ def _reads_terms(session: Session, trajectories: Sequence[Trajectory]) -> bool:
         turn.logprobs is not None and turn.actor is Actor.STUDENT for t in trajectories for turn in t.turns
     )
     return sampled or any(component.kind != "ce" or component.weights for component in components)
-
-
-def _rows(signal: TeacherSignal) -> Tensor:
-    return signal.hidden if isinstance(signal, HiddenStates) else signal.logprobs
 
 
 def with_repairs(session: Session, experience: Experience) -> Experience:

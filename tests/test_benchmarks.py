@@ -18,6 +18,7 @@ from opd_agents.errors import UserError
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import gpu
+import loss
 import rollout as benchmark
 import step
 import sweep
@@ -155,6 +156,39 @@ def test_both_arms_of_the_step_benchmark_train_on_the_same_loss() -> None:
     assert result["action tokens"] == 2 * 2 * 16 and result["loss"] > 1
     assert all(seconds["median"] > 0 for seconds in result["seconds"].values())
     assert "| opd-agents " in step.page(result)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_all_contenders_of_the_loss_benchmark_have_the_same_loss_and_gradients(beta: float) -> None:
+    case, names = loss.Case(vocab=50, action_share=0.25, beta=beta, hidden=8, positions=16), loss.installed()
+    rows = loss.measure(case, names, 2, start=lambda name, at, file: loss.calls(name, at, file))  # it asserts it
+    assert [row["name"] for row in rows] == names
+    assert {"trl_gkd", "trl_chunked", "naive", "opd_agents"} <= set(names)
+    assert all(row["seconds"] > 0 and row["peak_mb"] >= 0 for row in rows)
+
+
+def test_the_loss_benchmark_tells_a_contender_with_another_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "CONTENDERS", loss.CONTENDERS | {"liger": lambda beta: loss.naive(beta + 0.01)})
+    case = loss.Case(vocab=50, action_share=1.0, beta=0.5, hidden=8, positions=16)
+    with pytest.raises(AssertionError, match="liger: loss is off by"):
+        loss.measure(case, ["naive", "liger"], 1, start=loss.calls)
+
+
+def test_the_loss_benchmark_runs_what_is_installed_in_processes_and_prints_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    missing = dict.fromkeys(("trl_gkd", "trl_chunked", "liger"), "no_such_package")
+    monkeypatch.setattr(loss, "PACKAGES", missing)
+    options = "--vocab 50 --hidden 8 --positions 16 --action-share 0.25 --beta 1 --repeats 1 --json --out"
+    app = typer.Typer()
+    app.command()(loss.main)
+    app([*options.split(), str(tmp_path)], standalone_mode=False)
+    printed = capsys.readouterr()
+    assert "liger is left out: no_such_package is not installed" in printed.err
+    rows = json.loads(printed.out)["results"]
+    assert [row["name"] for row in rows] == ["naive", "opd_agents"]
+    assert rows[0]["seconds"] > 0
+    assert "| 50 8 25% 1 " in (tmp_path / "loss.md").read_text()
 
 
 def test_a_step_of_the_gpu_benchmark_on_a_tiny_model() -> None:

@@ -144,7 +144,7 @@ def test_padded_vocabularies_and_masked_positions_change_nothing(
             leaf.requires_grad_()
     small = fused_divergence(**of, kind=kind, chunk_elements=chunk_elements)
     large = fused_divergence(**padding, kind=kind, chunk_elements=chunk_elements)
-    tolerance = (
+    tolerance: dict[str, Any] = (
         {"rtol": 1e-4, "atol": 1e-4 * scale} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-9}
     )
     for a, b in zip(small, large, strict=True):

@@ -348,3 +348,74 @@ def test_a_mixture_of_student_and_expert_is_recorded_by_actor(student, desk_chat
         assert (turn.stop_reason is StopReason.NOT_SAMPLED) == (turn.actor is Actor.EXPERT)
     assert any(len({turn.actor for turn in t.turns}) == 2 for t in trajectories)
     assert play() == trajectories
+
+
+# ---- a budget of action tokens ----
+
+
+def action_tokens(one):
+    return sum(len(t.action_ids) for t in one.turns)
+
+
+@pytest.mark.parametrize("most", [1, 5, 8, 13])
+def test_the_action_tokens_of_an_episode_never_exceed_their_budget(student, desk_chat, most):
+    limits = dataclasses.replace(LIMITS, max_action_tokens=most)
+    bound = rolled(desk_episodes(6), sampler(student, desk_chat), desk_chat, limits=limits)
+    free = rolled(desk_episodes(6), sampler(student, desk_chat), desk_chat)
+    for one, other in zip(bound, free, strict=True):
+        assert action_tokens(one) == min(most, action_tokens(other))
+        assert (one.outcome, one.exhausted) == (Outcome.UNFINISHED, "actions")
+        whole, last = one.turns[:-1], one.turns[-1]
+        assert whole == other.turns[: len(whole)]  # what was written before is as it would have been
+        assert last.action_ids == other.turns[len(whole)].action_ids[: len(last.action_ids)]
+        cut = last.stop_reason is not StopReason.END
+        reason = StopReason.LENGTH if len(last.action_ids) == 8 and most == 8 else StopReason.ACTIONS
+        assert not cut or last.stop_reason in (reason, StopReason.ACTIONS)
+
+
+def test_an_action_that_comes_whole_is_not_cut_and_is_the_last(desk_chat):
+    limits = dataclasses.replace(LIMITS, max_action_tokens=3)
+    (one,) = rolled(desk_episodes(1), ExpertPolicy(), desk_chat, limits=limits)
+    assert len(one.turns) == 1 and action_tokens(one) > 3
+    assert (one.outcome, one.exhausted) == (Outcome.UNFINISHED, "actions")
+    (whole,) = rolled(desk_episodes(1), ExpertPolicy(), desk_chat)
+    assert whole.success and len(whole.turns) > 1 and whole.turns[0] == one.turns[0]
+
+
+class Talk(Counter):
+    """Ends with the first text, a success if that is long enough."""
+
+    text_only = True
+
+    def on_text(self, text):
+        self.value = self.target if len(text) > 8 else 0
+        self.finish()
+        return ""
+
+
+@pytest.mark.parametrize(
+    ("most", "outcome", "exhausted"),
+    [
+        (4, Outcome.UNFINISHED, "actions"),  # a failure of the piece, not of the action
+        (9, Outcome.SUCCESS, None),  # a piece that does it
+        (20, Outcome.SUCCESS, None),
+    ],
+)
+def test_what_the_environment_says_of_a_piece(most, outcome, exhausted, monkeypatch):
+    from thinking import byte_tokenizer, chat_of
+
+    chat = chat_of("qwen2_5")
+    ids = tuple(byte_tokenizer().encode("a long word<|im_end|>"))
+
+    class Cut:
+        def act(self, histories):
+            kept = ids[: min(one.max_tokens for one in histories)]
+            reason = StopReason.END if kept == ids else StopReason.LENGTH
+            return [Action(Actor.STUDENT, reason, kept, (-1.0,) * len(kept))]
+
+    limits = dataclasses.replace(
+        LIMITS, max_tokens_per_turn=64, max_context_tokens=4000, max_action_tokens=most
+    )
+    (one,) = rolled([counter("a")], Cut(), chat, limits=limits, make=lambda id, **options: Talk())
+    assert (one.outcome, one.exhausted) == (outcome, exhausted)
+    assert one.turns[0].stop_reason is (StopReason.END if most == 20 else StopReason.ACTIONS)
