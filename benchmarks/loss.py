@@ -18,11 +18,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ from torch import Tensor
 from opd_agents.objectives.fused import fused_divergence
 
 TOLERANCE = 1e-4  # of the loss, relative; of a gradient's entries, relative to the largest
+PAGE = 1 / 256  # MiB: the least that can be told
 
 
 class Case(NamedTuple):
@@ -41,6 +43,7 @@ class Case(NamedTuple):
     beta: float
     hidden: int
     positions: int
+    threads: int
 
 
 class Inputs(NamedTuple):
@@ -54,7 +57,8 @@ class Inputs(NamedTuple):
     """bool [positions]"""
 
 
-Loss = Callable[[Inputs], Tensor]
+Loss: TypeAlias = Callable[[Inputs], Tensor]
+Calls: TypeAlias = Generator[dict[str, float], None, None]
 
 
 def make_inputs(case: Case) -> Inputs:
@@ -172,7 +176,7 @@ def resident(key: str) -> float:
     raise KeyError(key)
 
 
-def calls(name: str, case: Case, gradients: Path) -> Iterator[dict[str, float]]:
+def calls(name: str, case: Case, gradients: Path) -> Calls:
     """What one contender needs for each call after the first, which puts its loss and gradients (that of the
     weight times a random vector) into the file ``gradients``. The memory is what it holds at most beyond its
     inputs and what libraries keep."""
@@ -193,12 +197,13 @@ def calls(name: str, case: Case, gradients: Path) -> Iterator[dict[str, float]]:
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         started = time.perf_counter()
         loss_of(inputs).backward()
-        yield {"seconds": time.perf_counter() - started, "peak_mb": resident("VmHWM") - before}
+        seconds = time.perf_counter() - started
+        yield {"seconds": seconds, "peak_mb": max(resident("VmHWM") - before, PAGE)}
 
 
-def process(name: str, case: Case, gradients: Path, threads: int) -> Iterator[dict[str, float]]:
+def process(name: str, case: Case, gradients: Path) -> Calls:
     """:func:`calls` in a process of its own, one for each line that it is sent."""
-    command = [sys.executable, __file__, "--worker", json.dumps([name, case, str(gradients), threads])]
+    command = [sys.executable, __file__, "--worker", json.dumps([name, case, str(gradients)])]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
         assert running.stdin is not None and running.stdout is not None
         while True:
@@ -209,9 +214,9 @@ def process(name: str, case: Case, gradients: Path, threads: int) -> Iterator[di
             yield json.loads(answer)
 
 
-def worker(name: str, case: Sequence[Any], gradients: str, threads: int) -> None:
-    torch.set_num_threads(threads)
-    answers, standard_output = calls(name, Case(*case), Path(gradients)), os.dup(1)
+def worker(name: str, case: Case, gradients: Path) -> None:
+    torch.set_num_threads(case.threads)
+    answers, standard_output = calls(name, case, gradients), os.dup(1)
     os.dup2(2, 1)  # whatever a library prints is no answer
     with os.fdopen(standard_output, "w") as out:
         for _ in sys.stdin:
@@ -228,22 +233,17 @@ def assert_equal(files: Mapping[str, Path]) -> None:
 
 
 def measure(
-    case: Case, names: Sequence[str], repeats: int, threads: int,
-    start: Callable[..., Iterator[dict[str, float]]] = process,
-) -> list[dict[str, Any]]:  # fmt: skip
+    case: Case, names: Sequence[str], repeats: int, start: Callable[[str, Case, Path], Calls] = process
+) -> list[dict[str, Any]]:
     """A row for each contender; their calls alternate."""
-    with tempfile.TemporaryDirectory() as name:
-        files = {of: Path(name, of) for of in names}
-        running = {of: start(of, case, files[of], threads) for of in names}
-        try:
-            for of in names:
-                next(running[of])
-            assert_equal(files)
-            rounds = [{of: next(running[of]) for of in names} for _ in range(repeats)]
-        finally:
-            for one in running.values():
-                one.close()  # type: ignore[attr-defined]
-    return [row(case, of, rounds) for of in names]
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        running = {name: stack.enter_context(closing(start(name, case, folder / name))) for name in names}
+        for one in running.values():
+            next(one)
+        assert_equal({name: folder / name for name in names})
+        rounds = [{name: next(one) for name, one in running.items()} for _ in range(repeats)]
+    return [row(case, name, rounds) for name in names]
 
 
 def row(case: Case, name: str, rounds: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
@@ -304,14 +304,15 @@ def main(
 ) -> None:
     """Seconds and peak memory of the distillation loss with its gradient, and of its peers'."""
     if call is not None:
-        worker(*json.loads(call))
+        name, case, gradients = json.loads(call)
+        worker(name, Case(*case), Path(gradients))
         return
-    cases = [Case(*at, positions) for at in product(vocab, action_share, beta, hidden)]
+    cases = [Case(*at, positions, threads) for at in product(vocab, action_share, beta, hidden)]
     names, load = installed(), os.getloadavg()[0]
     result = {
         "positions": positions, "repeats": repeats, "torch": torch.__version__, "threads": threads,
         "cores": os.cpu_count(), "load before": round(load, 2),
-        "results": [row for case in cases for row in measure(case, names, repeats, threads)],
+        "results": [row for case in cases for row in measure(case, names, repeats)],
         "load after": round(os.getloadavg()[0], 2),
     }  # fmt: skip
     write(out, "loss", result, page(result), as_json)

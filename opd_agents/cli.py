@@ -239,7 +239,9 @@ def envs(
 
 @app.command()
 def methods(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this one and its preset.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Show this one and its preset.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List the methods, presets of the one trainer.

@@ -4,7 +4,6 @@ policy component's advantage is composed of. Without gradient, once per step.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -27,7 +26,7 @@ At: TypeAlias = Callable[[Scheduled], float]
 
 @dataclass(frozen=True, slots=True)
 class Composed:
-    """A policy component's advantage [N], its parts [N] by name, and the episodes' own [E], of reward parts."""
+    """A policy component's advantage [N], its parts [N] by name, and those of rewards by episode [E]."""
 
     advantage: Tensor
     parts: Mapping[str, Tensor]
@@ -99,14 +98,15 @@ def compose(
 
 
 def reference_part(part: ReferencePart, inputs: WeightInputs, at: At) -> Tensor:
-    terms = inputs.references[part.reference]
-    d = terms.logprob - inputs.logprob
+    terms, nothing = inputs.references[part.reference], torch.zeros(())
+    d, kl = terms.logprob - inputs.logprob, None
     # A token that the reference gives no probability stops the run, unless it is another component's matter.
-    d = torch.where(inputs.selected | d.isfinite(), d, torch.zeros(()))
+    d = torch.where(inputs.selected | d.isfinite(), d, nothing)
+    if part.baseline == "closed_form" and terms.kl is not None:
+        kl = torch.where(inputs.selected, terms.kl, nothing)
     values = reference_advantages(
         d, inputs.episode, discount=part.discount, include_now=part.include_now,
-        length_normalise=part.length_normalise, clip=part.clip,
-        kl=terms.kl if part.baseline == "closed_form" else None,
+        length_normalise=part.length_normalise, clip=part.clip, kl=kl,
     )  # fmt: skip
     return at(part.coef) * weigh(part.gates, inputs, at) * values
 
@@ -128,8 +128,7 @@ def reward_advantages(
     counts with the reward that it has, or where the part masks it not at all, as one whose environment
     failed.
     """
-    names = {group: number for number, group in enumerate(sorted({t.group for t in trajectories}))}
-    alone = select.source == "rollout"
+    groups, alone = group_numbers(trajectories), select.source == "rollout"
     counted = [
         i
         for i, t in enumerate(trajectories)
@@ -137,19 +136,20 @@ def reward_advantages(
         and t.branch is None
         and not t.recorded
         and t.outcome is not Outcome.ERROR
-        and not (part.unfinished == "masked" and t.outcome is Outcome.UNFINISHED)
+        and not (part.unfinished == "masked" and t.cut_off)
         and not (alone and t.demonstration)
     ]
     result = torch.zeros(len(trajectories))
     if counted:
         given = [reward(trajectories[i]) if reward else trajectories[i].reward for i in counted]
-        groups = torch.tensor([names[trajectories[i].group] for i in counted])
         result[counted] = group_advantages(
-            torch.tensor(given, dtype=torch.float32), groups, baseline=part.baseline, normalise=part.normalise
-        )
+            torch.tensor(given, dtype=torch.float32), groups[counted],
+            baseline=part.baseline, normalise=part.normalise,
+        )  # fmt: skip
     return result
 
 
-def of_component(inputs: WeightInputs, chosen: Tensor) -> WeightInputs:
-    """The inputs of a component that selects ``chosen`` (its weights [N])."""
-    return dataclasses.replace(inputs, selected=chosen != 0)
+def group_numbers(trajectories: Sequence[Trajectory]) -> Tensor:
+    """A number for the group of each trajectory, int64 [E]; -1: of none, as a branch."""
+    names = {group: number for number, group in enumerate(sorted({t.group for t in trajectories if t.group}))}
+    return torch.tensor([names.get(t.group, -1) for t in trajectories], dtype=torch.int64)

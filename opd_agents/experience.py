@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from opd_agents import envs
 from opd_agents.batch import Packed, pack
-from opd_agents.composition import Composed, compose, of_component, selected, weigh
-from opd_agents.config import Component, Policy, Preference
+from opd_agents.composition import Composed, compose, group_numbers, selected, weigh
+from opd_agents.config import Component, Distill, Policy, Preference
 from opd_agents.correction import Repair, correct
 from opd_agents.credit import assign_credit, factors, with_factors
 from opd_agents.errors import AlignmentError, EnvironmentContractError
@@ -162,9 +162,9 @@ def credit(session: Session, experience: Experience) -> Assigned:
         if isinstance(component, Preference):
             continue
         base = selected(packed, trajectories, component.select)
-        base = torch.where(_taught(component, experience), base, torch.zeros(()))
-        inputs = of_component(shared, base)
-        chosen[name], weights[name] = base != 0, base * weigh(component.weights, inputs, at)
+        chosen[name] = (base != 0) & _taught(component, experience)
+        inputs = replace(shared, selected=chosen[name])
+        weights[name] = base * chosen[name] * weigh(component.weights, inputs, at)
         if isinstance(component, Policy):
             own = {
                 n: load_reward(part.reward, f"loss.components.{name}.rewards.{n}.reward")
@@ -185,15 +185,13 @@ def credit(session: Session, experience: Experience) -> Assigned:
 
 def _taught(component: Component, experience: Experience) -> Tensor:
     """Where a divergence's reference had something to say (bool [N])."""
-    everywhere = torch.ones(len(experience.packed.target), dtype=torch.bool)
-    return (
-        experience.taught.get(component.reference, everywhere) if component.kind == "distill" else everywhere
-    )
+    if isinstance(component, Distill) and component.reference in experience.taught:
+        return experience.taught[component.reference]
+    return torch.ones(len(experience.packed.target), dtype=torch.bool)
 
 
 def _weight_inputs(session: Session, experience: Experience) -> WeightInputs:
     packed, trajectories, frozen = experience.packed, experience.trajectories, experience.frozen
-    names = {group: number for number, group in enumerate(sorted({t.group for t in trajectories if t.group}))}
     counted = [
         t.branch is None and not t.demonstration and not t.recorded and t.outcome is not Outcome.ERROR
         for t in trajectories
@@ -201,7 +199,6 @@ def _weight_inputs(session: Session, experience: Experience) -> WeightInputs:
     return WeightInputs(
         packed.target, packed.turn, packed.episode, torch.ones(len(packed.target), dtype=torch.bool),
         frozen.logprob, frozen.entropy, frozen.references,
-        torch.tensor([names.get(t.group, -1) for t in trajectories]),
-        torch.tensor([t.success for t in trajectories]), torch.tensor(counted),
+        group_numbers(trajectories), torch.tensor([t.success for t in trajectories]), torch.tensor(counted),
         session.chat.end_ids, session.chat.token_id,
     )  # fmt: skip

@@ -55,13 +55,14 @@ class FrozenTerms:
 
     def where_taught(self, taught: Mapping[str, Tensor]) -> FrozenTerms:
         """A reference that had nothing to say about a token (bool [N]) agrees with the student there."""
-        references = dict(self.references)
-        for name, said in taught.items():
-            terms = references[name]
-            logprob = torch.where(said, terms.logprob, self.logprob)
-            kl = None if terms.kl is None else torch.where(said, terms.kl, torch.zeros(()))
-            references[name] = terms._replace(logprob=logprob, kl=kl)
-        return FrozenTerms(self.logprob, self.entropy, references)
+        nothing = torch.zeros_like(self.logprob)
+        same = ReferenceTerms(self.logprob, nothing, self.entropy, nothing)
+
+        def heard(name: str, said: Tensor) -> ReferenceTerms:
+            return _each(lambda own, other: torch.where(said, own, other), self.references[name], same)
+
+        changed = {name: heard(name, said) for name, said in taught.items()}
+        return FrozenTerms(self.logprob, self.entropy, {**self.references, **changed})
 
 
 def _each(function: Callable[..., Tensor], *terms: ReferenceTerms) -> ReferenceTerms:

@@ -7,15 +7,17 @@ the ratio of a whole turn or episode, and the slopes of a loss on pairs of episo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from opd_agents.batch import MicroBatch, Packed
-from opd_agents.composition import At, selected
+from opd_agents.composition import At, group_numbers, selected
 from opd_agents.config import Component, CrossEntropy, Distill, Entropy, Policy, Preference
 from opd_agents.experience import Assigned, Experience
 from opd_agents.frozen import targets
@@ -38,37 +40,18 @@ from opd_agents.objectives import (
 from opd_agents.policies.models import head, hidden_states
 from opd_agents.teachers import TeacherSignal
 
-
-@dataclass(frozen=True, slots=True)
-class PolicyInputs:
-    """Detached, [N]: the composed advantage, the log-probs that the ratio is ``old`` to, those of a reference
-    ``beside`` them in it (trrd), and each token's turn's or episode's mean log-ratio (``unit``)."""
-
-    advantages: Tensor
-    old: Tensor
-    beside: Tensor | None = None
-    unit: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Pairs:
-    """A loss on pairs of episodes as d loss / d log-prob of every token (``slopes`` [N]), which has its
-    gradient, and ``values`` [N], which add up to it."""
-
-    slopes: Tensor
-    values: Tensor
+TokenLoss: TypeAlias = Callable[[TokenTerms, Tensor], Tensor]
+"""l_t [n] of n tokens, from their terms and their places in the packed table (int64 [n])."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
     """One component in one update: ``coefficients`` [N] are coef * weight / denominator, 0 where it does not
-    look; the others what its kind needs."""
+    look, and multiply its ``loss``; ``measure`` is what that reads of which reference, if any."""
 
-    component: Component
     coefficients: Tensor
-    measure: Measure | None = None
-    policy: PolicyInputs | None = None
-    pairs: Pairs | None = None
+    loss: TokenLoss
+    measure: tuple[str, Measure] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +94,17 @@ def plan(
         share = assigned.coefs[name] * token_coefficients(
             weights, counted, packed.turn, packed.episode, component.denominator, component.constant
         )
-        if isinstance(component, Policy):
-            advantage = assigned.composed[name].advantage
-            parts[name] = _policy(component, experience, share, counted, advantage, current)
-        elif isinstance(component, Distill):
-            parts[name] = Part(component, share, measure=measure(component, at, temperature))
-        else:
-            parts[name] = Part(component, share)
+        match component:
+            case Policy():
+                advantages = assigned.composed[name].advantage
+                parts[name] = _policy(component, experience, share, counted, advantages, current)
+            case Distill():
+                told = (component.reference, measure(component, at, temperature))
+                parts[name] = Part(share, partial(_distilled, name, component, packed), told)
+            case CrossEntropy():
+                parts[name] = Part(share, lambda terms, tokens: -terms.logprob)
+            case Entropy():
+                parts[name] = Part(share, lambda terms, tokens: -terms.entropy)
     return Plan(parts)
 
 
@@ -140,6 +127,15 @@ def measure(component: Distill, at: At, temperature: float) -> Measure:
     )
 
 
+def _distilled(name: str, component: Distill, packed: Packed, terms: TokenTerms, tokens: Tensor) -> Tensor:
+    loss = terms.divergences[name]
+    if component.ratio_clip is None:
+        return loss
+    current, recorded = terms.logprob.detach(), packed.behaviour[tokens]
+    ratio = (current - torch.where(recorded.isnan(), current, recorded)).exp()
+    return loss * ratio.clamp(max=component.ratio_clip)
+
+
 def _policy(
     component: Policy,
     experience: Experience,
@@ -156,12 +152,37 @@ def _policy(
             frozen.logprob, old, component.mismatch, low=component.mismatch_low, high=component.mismatch_high
         )
         old = frozen.logprob
-    beside = frozen.references[component.trrd_reference].logprob if component.trrd_reference else None
-    unit = None
-    if looks_beyond(component):
-        units = packed.turn if component.ratio == "turn" else packed.episode
-        unit = unit_log_ratios(current - old, units, counted.float())
-    return Part(component, share, policy=PolicyInputs(advantages, old, beside, unit))
+    ratio = _ratio(component, experience, old, counted, current)
+    advantages = torch.where(share != 0, advantages, torch.zeros(()))
+
+    def loss(terms: TokenTerms, tokens: Tensor) -> Tensor:
+        return surrogate(
+            ratio(terms.logprob, tokens), advantages[tokens],
+            clip_low=component.clip_low, clip_high=component.clip_high,
+        ).loss  # fmt: skip
+
+    return Part(share, loss)
+
+
+def _ratio(
+    component: Policy, experience: Experience, old: Tensor, counted: Tensor, current: Tensor
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The ratio [n] to ``old`` [N], of current log-probs [n] and the places of their tokens."""
+    packed, references = experience.packed, experience.frozen.references
+    match component:
+        case Policy(ratio="turn" | "sequence"):
+            units = packed.turn if component.ratio == "turn" else packed.episode
+            unit = unit_log_ratios(current - old, units, counted.float())
+            return lambda logprob, tokens: unit_ratio(logprob, unit[tokens])
+        case Policy(ratio="trrd", trrd_alpha=float(alpha), trrd_reference=str(name)):
+            beside = torch.where(counted, references[name].logprob, old)  # others may have none
+            return lambda logprob, tokens: trrd_ratio(logprob, old[tokens], beside[tokens], alpha)
+        case Policy(ratio="shaped", shaping=float(shaping)):
+            return lambda logprob, tokens: shaped_ratio(logprob, shaping)
+        case Policy(ratio="none"):
+            return lambda logprob, tokens: no_ratio(logprob)
+        case _:
+            return lambda logprob, tokens: token_ratio(logprob, old[tokens])
 
 
 def _preference(
@@ -173,12 +194,10 @@ def _preference(
         (selected(packed, trajectories, select) != 0) & batch
         for select in (component.chosen, component.rejected)
     )
-    names = {group: number for number, group in enumerate(sorted({t.group for t in trajectories if t.group}))}
-    groups = torch.tensor([names.get(t.group, -1) for t in trajectories])
-    episodes = [
+    sides = [
         torch.zeros(len(trajectories)).index_add(0, packed.episode, m.float()) for m in (chosen, rejected)
     ]
-    pairs = episode_pairs(groups, episodes[0] > 0, episodes[1] > 0)
+    pairs = episode_pairs(group_numbers(trajectories), sides[0] > 0, sides[1] > 0)
     anchor = experience.frozen.references[component.reference].logprob if component.reference else None
     found = token_slopes(
         component.form, current, chosen | rejected, packed.episode, pairs,
@@ -186,8 +205,13 @@ def _preference(
     )  # fmt: skip
     in_pairs = torch.tensor([episode for pair in pairs for episode in pair], dtype=torch.int64)
     active = (chosen | rejected) & torch.isin(packed.episode, in_pairs)
-    values = active * (found.losses.mean() if pairs else torch.zeros(())) / active.sum().clamp(min=1)
-    return Part(component, active * coef, pairs=Pairs(found.slopes, values))
+    value = found.losses.mean() / active.sum() if pairs else torch.zeros(())
+
+    def loss(terms: TokenTerms, tokens: Tensor) -> Tensor:
+        """Slopes have the gradient; all tokens together have the value."""
+        return found.slopes[tokens] * (terms.logprob - terms.logprob.detach()) + value
+
+    return Part(coef * active, loss)
 
 
 def micro_losses(
@@ -201,11 +225,7 @@ def micro_losses(
     """Each component's part of the loss in one micro-batch (scalars with gradient)."""
     hidden = hidden_states(student, micro.ids)[micro.row, micro.column]
     device, tokens = hidden.device, micro.tokens
-    measures = {
-        name: (part.component.reference, part.measure)
-        for name, part in plan.parts.items()
-        if isinstance(part.component, Distill) and part.measure is not None
-    }
+    measures = {name: part.measure for name, part in plan.parts.items() if part.measure is not None}
     needed = {name: signals[name] for name in {reference for reference, _ in measures.values()}}
     terms = token_terms(
         hidden, head(student), packed.target[tokens].to(device), temperature=temperature,
@@ -217,47 +237,5 @@ def micro_losses(
     losses = {}
     for name, part in plan.parts.items():
         share = part.coefficients[tokens]
-        loss = _token_loss(name, part, packed, micro, terms)
-        losses[name] = (share * torch.where(share != 0, loss, torch.zeros(()))).sum()
+        losses[name] = (share * torch.where(share != 0, part.loss(terms, tokens), torch.zeros(()))).sum()
     return losses
-
-
-def _token_loss(name: str, part: Part, packed: Packed, micro: MicroBatch, terms: TokenTerms) -> Tensor:
-    """l_t [n] of one component."""
-    component, tokens = part.component, micro.tokens
-    match component:
-        case CrossEntropy():
-            return -terms.logprob
-        case Entropy():
-            return -terms.entropy
-        case Distill():
-            loss = terms.divergences[name]
-            if component.ratio_clip is None:
-                return loss
-            current, recorded = terms.logprob.detach(), packed.behaviour[tokens]
-            ratio = (current - torch.where(recorded.isnan(), current, recorded)).exp()
-            return loss * ratio.clamp(max=component.ratio_clip)
-        case Policy() if part.policy is not None:
-            advantages = torch.where(part.coefficients[tokens] != 0, part.policy.advantages[tokens], 0.0)
-            ratio = _ratio(component, part.policy, tokens, terms.logprob)
-            return surrogate(
-                ratio, advantages, clip_low=component.clip_low, clip_high=component.clip_high
-            ).loss
-        case Preference() if part.pairs is not None:
-            moved = terms.logprob - terms.logprob.detach()
-            return part.pairs.slopes[tokens] * moved + part.pairs.values[tokens]
-    raise AssertionError(f"{name}: a part without the inputs of its kind")
-
-
-def _ratio(component: Policy, inputs: PolicyInputs, tokens: Tensor, logprob: Tensor) -> Tensor:
-    old = inputs.old[tokens]
-    match component.ratio:
-        case "turn" | "sequence" if inputs.unit is not None:
-            return unit_ratio(logprob, inputs.unit[tokens])
-        case "trrd" if inputs.beside is not None and component.trrd_alpha is not None:
-            return trrd_ratio(logprob, old, inputs.beside[tokens], component.trrd_alpha)
-        case "shaped" if component.shaping is not None:
-            return shaped_ratio(logprob, component.shaping)
-        case "none":
-            return no_ratio(logprob)
-    return token_ratio(logprob, old)

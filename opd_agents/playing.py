@@ -85,13 +85,13 @@ def equal_groups(
 ) -> list[int]:
     """Those of the ``places`` whose groups give no advantage: of each reward that a `policy` component
     compares, the environment's or a plug-in's, all episodes have the same. Episodes whose environment failed
-    do not count, nor unfinished ones where the part masks them. Raises UserError as :func:`load_reward`."""
+    do not count, nor those cut off where the part masks them. Raises UserError as :func:`load_reward`."""
     compared = [*_compared(config)]
 
     def equal(group: Sequence[Trajectory]) -> bool:
-        for reward, unfinished in compared:
-            ignored = {Outcome.ERROR} if unfinished else {Outcome.ERROR, Outcome.UNFINISHED}
-            if len({reward(one) for one in group if one.outcome not in ignored}) > 1:
+        for reward, cut_off in compared:
+            played = (one for one in group if one.outcome is not Outcome.ERROR)
+            if len({reward(one) for one in played if cut_off or not one.cut_off}) > 1:
                 return False
         return True
 
@@ -99,7 +99,7 @@ def equal_groups(
 
 
 def _compared(config: RunConfig) -> Iterator[tuple[Reward, bool]]:
-    """The reward of each part of an advantage, and whether unfinished episodes count there."""
+    """The reward of each part of an advantage, and whether episodes that were cut off count there."""
     for name, component in config.loss.components.items():
         if isinstance(component, Policy):
             for part, settings in component.rewards.items():

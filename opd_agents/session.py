@@ -242,7 +242,6 @@ def check_inputs(config: RunConfig) -> None:
     """Raise UserError for what a stage names and does not exist, before a folder is made or a step taken."""
     _check_plugins(config)
     split_sizes(config.environments)
-    check_experts(config)
     if isinstance(source := config.rollout.source, Recorded):
         rows = read_rows(source.dataset, source.split)
         refuse_bad(read_conversations(rows), len(rows))
@@ -256,6 +255,7 @@ def check_inputs(config: RunConfig) -> None:
                 f"{suite.name} plays with {most} tokens per action; raise limits.max_tokens_per_turn in a "
                 "suite file."
             )
+    check_experts(config)
     check_references(config)
     student = config.student
     path = student.build.tokenizer if student.build else student.model

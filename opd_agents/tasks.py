@@ -155,7 +155,7 @@ def check_experts(config: RunConfig) -> None:
             env.close()
         if not has_expert:
             raise ConfigError(
-                f"{source.id} has no scripted expert, which rollout.source or rollout.demonstrations asks for."
+                f"{source.id} has no scripted expert, who is to act (rollout.source, rollout.demonstrations)."
                 " Let the teacher act, or take another environment."
             )
 

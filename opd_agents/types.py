@@ -181,6 +181,13 @@ class Trajectory:
         return self.outcome is Outcome.SUCCESS
 
     @property
+    def cut_off(self) -> bool:
+        """A budget ended the episode, or its last action."""
+        return self.outcome is Outcome.UNFINISHED or (
+            bool(self.turns) and self.turns[-1].stop_reason in (StopReason.LENGTH, StopReason.CONTEXT)
+        )
+
+    @property
     def recorded(self) -> bool:
         """Read from a corpus: no environment was played."""
         return any(turn.actor is Actor.CORPUS for turn in self.turns)

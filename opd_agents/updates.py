@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opd_agents.batch import EMPTY, MicroBatch, Packed
-from opd_agents.config import Preference
+from opd_agents.composition import selected
+from opd_agents.config import Component, Preference, Select
+from opd_agents.config.needs import selects_of
 from opd_agents.errors import AlignmentError
 from opd_agents.experience import Assigned, Experience
 from opd_agents.loss import Plan, looks_beyond, micro_losses, plan
@@ -27,11 +29,11 @@ from opd_agents.sharding import updating
 def update(session: Session, experience: Experience, assigned: Assigned) -> dict[str, float]:
     """``updates_per_step`` optimizer steps, each on its share of the trajectories; mean losses and norms.
 
-    Raises AlignmentError where no component finds a token to learn from, and for a gradient that is not
-    finite.
+    Raises AlignmentError where no component can find a token to learn from, and for a loss or a gradient that
+    is not finite.
     """
     config, components = session.config, session.config.loss.components
-    _refuse_empty(assigned, experience.packed, step=session.step + 1)
+    _refuse_empty(components, experience, step=session.step + 1)
     measured: dict[str, list[float]] = {}
     measure = session.step % config.trainer.gradient_shares_every == 0
     beyond = any(map(looks_beyond, components.values()))
@@ -47,8 +49,11 @@ def update(session: Session, experience: Experience, assigned: Assigned) -> dict
                 continue
             losses = accumulate(session, experience, planned, shares=measure and number == 0)
             norm = session.optimizer.clip(config.trainer.clip_norm)
-            if not math.isfinite(norm):
-                raise AlignmentError(f"The gradient of step {session.step + 1} is {norm}; losses: {losses}.")
+            if not (math.isfinite(norm) and math.isfinite(losses["loss"])):  # of an infinite KL it is 0
+                raise AlignmentError(
+                    f"The gradient of step {session.step + 1} has norm {norm}; losses: {losses}. An infinite"
+                    " divergence means a token that one model has and the other gives no probability."
+                )
             losses |= {"grad_norm": norm, "learning_rate": session.learning_rate}
             session.optimizer_step()
             for key, value in losses.items():
@@ -56,13 +61,20 @@ def update(session: Session, experience: Experience, assigned: Assigned) -> dict
     return {key: float(np.mean(values)) for key, values in measured.items()}
 
 
-def _refuse_empty(assigned: Assigned, packed: Packed, step: int) -> None:
-    """A loss that sees no token would silently train nothing; only a step of failed environments has none."""
-    counted = assigned.counted
-    if packed.turns and counted and not any(bool(tokens.any()) for tokens in counted.values()):
+def _refuse_empty(components: Mapping[str, Component], experience: Experience, step: int) -> None:
+    """A loss that can see no token would silently train nothing. One step may lack what a loss looks for:
+    episodes of an outcome, demonstrations, repairs, anything that a teacher could tell."""
+    packed, trajectories = experience.packed, experience.trajectories
+
+    def may_select(select: Select) -> bool:
+        anyhow = select.model_copy(update={"outcome": None})
+        rare = select.source in ("correction", "demonstration")
+        return rare or bool(selected(packed, trajectories, anyhow).any())
+
+    if packed.turns and not any(may_select(s) for c in components.values() for s in selects_of(c)):
         raise AlignmentError(
             f"Step {step} has {len(packed.target)} action tokens, but no loss component selects any of them: "
-            f"check the `select` of {', '.join(counted)} against rollout.source."
+            f"check the `select` of {', '.join(components)} against rollout.source."
         )
 
 

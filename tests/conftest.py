@@ -79,6 +79,14 @@ def sampled(student, desk_chat):
 
 
 @pytest.fixture(scope="session")
+def rewarded(student, teacher, tiny_llama, sampled):
+    """Episodes with rewards, and the models that see them."""
+    from rewarded import Rewarded
+
+    return Rewarded(student, teacher, tiny_llama(seed=7), sampled)
+
+
+@pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder: a model of a few thousand weights, trained for moments on ``tiny``'s environment."""
     import tiny

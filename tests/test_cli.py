@@ -5,9 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner, Result
 
 from opd_agents import cli
+from opd_agents.config import list_methods
 from opd_agents.errors import AlignmentError, UserError
 
 COMMANDS = [
@@ -124,12 +126,27 @@ def test_json_of_envs_and_methods() -> None:
     )
     assert json.loads(run("envs", DESK, "--json").stdout) == [row for row in envs if row["id"] == DESK]
     methods = json.loads(run("methods", "--json").stdout)
-    assert all(set(row) == {"name", "title", "paper", "family", "signal", "verified"} for row in methods)
+    said = {"name", "title", "paper", "family", "signal", "formula", "cost", "verified"}
+    assert all(set(row) == said | {"config"} for row in methods)
     assert [row["name"] for row in json.loads(run("methods", "gkd", "--json").stdout)] == ["gkd"]
 
 
-def test_methods_shows_the_preset() -> None:
-    assert "divergence: reverse_kl" in run("methods", "gkd").stdout
+def test_methods_lists_all_by_family() -> None:
+    lines = run("methods").stdout.splitlines()
+    assert lines[0].split() == ["name", "title", "paper"]
+    families = [line.strip() for line in lines[1:] if line[0] != " "]
+    assert families == sorted({row["family"] for row in list_methods()})
+    names = {line.split()[0] for line in lines if line.startswith("  ") and not line.startswith("   ")}
+    assert names == {row["name"] for row in list_methods()}
+
+
+@pytest.mark.parametrize("name", ["gkd", "hdpo"])
+def test_methods_shows_what_is_known_of_one_and_its_preset(name: str) -> None:
+    shown = run("methods", name).stdout
+    (row,) = (row for row in list_methods() if row["name"] == name)
+    told, _, settings = shown.partition(f"\n# what `method: {name}` stands for")
+    assert " ".join(row["formula"].split()) in " ".join(told.replace("formula ", "").split())
+    assert yaml.safe_load(settings.partition("\n")[2]) == row["config"]
 
 
 def test_import_loads_an_environment_from_a_file(tmp_path: Path) -> None:

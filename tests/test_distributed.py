@@ -58,6 +58,15 @@ def one_episode(output: Path, teacher: Path, *overrides: str) -> RunConfig:
     return config(output, teacher, *parts, loss=loss, correction=None, evaluation=None)
 
 
+def redrawn(output: Path, teacher: Path, *overrides: str) -> RunConfig:
+    """Three groups on two ranks: those of equal rewards are drawn anew, and all get a demonstration."""
+    parts = ("rollout.episodes_per_step=6", "rollout.group_size=2", "rollout.redraws=2", *overrides)
+    shown = {"kind": "ce", "select": {"source": "demonstration"}}
+    loss = {"components": {"verifier": tiny.POLICY, "shown": shown}}
+    demonstrations = "rollout.demonstrations={actor: teacher}"
+    return config(output, teacher, *parts, demonstrations, loss=loss, correction=None, evaluation=None)
+
+
 def written(config: RunConfig) -> str:
     file = config.folder.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
@@ -95,6 +104,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
             config(root / f"average-{ranks}", tiny_teacher, short, student={"model": model}, teacher=average),
             one_episode(root / f"one_episode-{ranks}", tiny_teacher, short),
             one_episode(root / f"muon-{ranks}", tiny_teacher, *muon),
+            redrawn(root / f"redrawn-{ranks}", tiny_teacher, short),
         ]
 
     for alone in configs(1):
@@ -161,7 +171,7 @@ def rows(file: Path) -> list[Any]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "average", "one_episode"])
+@pytest.mark.parametrize("kind", ["full", "lora", "average", "one_episode", "redrawn"])
 def test_two_processes_train_as_one(runs: Path, kind: str) -> None:
     assert_equal(runs / f"{kind}-1", runs / f"{kind}-2")
     if kind == "full":
@@ -169,6 +179,8 @@ def test_two_processes_train_as_one(runs: Path, kind: str) -> None:
         assert sum(row["correction/proposed"] for row in metrics) > 0
         assert sum(row["groups/nonzero"] for row in metrics) > 0
         assert [row for row in metrics if row.get("grad_share/verifier")]
+    if kind == "redrawn":
+        assert sum(row["groups/redrawn"] for row in tiny.metrics(runs / "redrawn-2")) > 0
 
 
 def test_muon_trains_in_parts(runs: Path) -> None:

@@ -190,7 +190,7 @@ def test_a_checkpoint_that_is_missing_or_does_not_fit(tmp_path, checkpoint, desk
 def test_a_checkpoint_plays_with_the_chat_it_was_saved_with(checkpoint, desk_chat):
     contestant = load_contestant(str(checkpoint.parent.parent), 1.0)
     assert contestant.chat.fingerprint == desk_chat.fingerprint
-    assert (contestant.sampled.temperature, contestant.greedy.temperature) == (1.0, 0.0)
+    assert [p.reader.temperature for p in (contestant.sampled, contestant.greedy)] == [1.0, 0.0]
 
 
 def test_playing_shows_each_episode(checkpoint):

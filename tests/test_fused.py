@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from opd_agents.errors import AlignmentError, ConfigError, UnknownName
 from opd_agents.objectives import (
@@ -24,7 +25,7 @@ from opd_agents.objectives import (
 )
 
 KINDS: list[Kind] = list(DIVERGENCES)
-TEMPERATURES = {"temperature_student": 1.3, "temperature_teacher": 0.8}
+TEMPERATURES: dict[str, Any] = {"temperature_student": 1.3, "temperature_teacher": 0.8}
 
 
 def sides(
@@ -77,8 +78,8 @@ def assert_same(mine: FusedDivergence, right: FusedDivergence, of: dict[str, Any
 def test_value_gradient_and_entropies_are_those_of_autograd(
     kind: Kind, alpha: float, chunk_elements: int
 ) -> None:
-    of, options = sides(), {"beta": 0.3, "alpha": alpha} | TEMPERATURES
-    mine = fused_divergence(**of, kind=kind, **options, chunk_elements=chunk_elements)
+    of, options = sides(), {"beta": 0.3, "alpha": alpha, **TEMPERATURES}
+    mine = fused_divergence(**of, **options, kind=kind, chunk_elements=chunk_elements)
     assert not any(term.requires_grad for term in mine[1:])
     assert_same(mine, plain(of, kind, **options), of, rtol=1e-9, atol=1e-12)
 
@@ -232,6 +233,26 @@ def test_an_unscaled_loss_hands_out_its_gradients_without_a_copy() -> None:
     assert addresses == [leaf.grad.data_ptr() for leaf in leaves(of) if leaf.grad is not None]
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that an operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor):
+            self.elements = max(self.elements, made.numel())
+        return made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_tensor_is_larger_than_a_chunk_or_the_weight(kind: Kind) -> None:
+    of = sides(rows=100, vocabulary=40)
+    with Largest() as largest:
+        fused_divergence(**of, kind=kind, chunk_elements=1000).loss.backward()
+    assert largest.elements == 1000  # of 4,000 logits
 
 
 def test_near_both_ends_alpha_is_a_kl_in_float32_as_well() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine import component, planned
 from rolling import trajectory, turn
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from opd_agents.batch import Packed, pack
-from opd_agents.config import Component
+from opd_agents.experience import Experience
 from opd_agents.frozen import FrozenTerms, frozen_terms
-from opd_agents.loss import micro_losses, plan, selected
+from opd_agents.loss import micro_losses
 from opd_agents.objectives.terms import CHUNK_ELEMENTS
 from opd_agents.policies import History, reader
 from opd_agents.policies.models import head, hidden_states
@@ -33,7 +34,7 @@ from opd_agents.teachers import HiddenStates
 from opd_agents.types import Actor
 
 VOCABULARY, TURNS = 16_384, 16
-COMPONENTS = {"distill": Component(kind="distill"), "ce": Component(kind="ce")}
+COMPONENTS = {"distill": component(kind="distill"), "ce": component(kind="ce")}
 # Resident memory (MiB) that a step on 32,768 tokens may add to what the imports and the models take. A mask
 # of tokens by tokens alone would take 1024, the logits of all tokens 2048.
 LIMIT = 900
@@ -61,12 +62,13 @@ def step(student: PreTrainedModel, teacher: PreTrainedModel, packed: Packed) -> 
     with torch.no_grad():
         (micro,) = packed.micro_batches(1)
         signal = HiddenStates(hidden_states(teacher, micro.ids)[micro.row, micro.column], head(teacher))
-    frozen = frozen_terms(student, packed, signal, 1.0, 1)
-    episodes = [trajectory([turn([1], [1]) for _ in packed.turns])]
-    weights = {name: selected(packed, episodes, c.select) for name, c in COMPONENTS.items()}
-    planned = plan(packed, COMPONENTS, weights, {}, torch.ones_like(packed.target).bool(), 0.0)
+    signals = {"teacher": signal}
+    frozen = frozen_terms(student, packed, signals, 1.0, 1)
+    episodes = (trajectory([turn([1], [1]) for _ in packed.turns]),)
+    every = torch.ones_like(packed.target).bool()
+    todo = planned(Experience(episodes, packed, signals, {}, frozen, every), COMPONENTS, temperature=1.0)
     with recomputed(student):
-        parts = micro_losses(student, packed, micro, planned, signal, 1.0)
+        parts = micro_losses(student, packed, micro, todo, signals, 1.0)
     torch.stack(list(parts.values())).sum().backward()
     return frozen
 
@@ -102,7 +104,7 @@ def test_a_step_makes_no_tensor_of_tokens_by_tokens_or_by_vocabulary() -> None:
     log_q = student(row).logits[0, packed.position - 1].log_softmax(-1)
     divergence = (log_q.exp() * (log_q - log_p)).sum(-1)
     own = log_q.gather(1, target[:, None])[:, 0]
-    torch.testing.assert_close(frozen.kl, divergence.detach(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(frozen.references["teacher"].kl, divergence.detach(), atol=1e-4, rtol=1e-4)
     (divergence.mean() - own.mean()).backward()
     for mine, parameter in zip(gradient, student.parameters(), strict=True):
         torch.testing.assert_close(mine, parameter.grad, atol=1e-5, rtol=1e-3)

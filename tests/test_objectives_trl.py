@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
+from engine import T, assert_same, config_of, engine, experience_of, in_float64, moved, plain
 
 from opd_agents.objectives import Kind, Measure, divergence
 from opd_agents.objectives.measures import measured
+from opd_agents.types import Trajectory
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 2.0])
@@ -62,3 +67,26 @@ def test_top_k_is_that_of_trl(kind: Kind, alpha: float, tail: bool, monkeypatch:
     expected.sum().backward()
     value.sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.3])
+def test_the_gkd_preset_is_trls_loss_of_whole_episodes(
+    beta: float, student: Any, teacher: Any, sampled: Sequence[Trajectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits of all positions and labels of action tokens, as its trainer would have them."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    gkd = pytest.importorskip("trl.experimental.gkd")
+    model, judge = moved(student), in_float64(teacher)
+    experience = experience_of(student, sampled, {"teacher": judge})
+    packed, logits = experience.packed, []
+    labels = [torch.full_like(row, -100) for row in packed.rows]
+    for row, position, target in zip(packed.row, packed.position, packed.target, strict=True):
+        labels[row][position - 1] = target
+    for one in (model, judge):
+        logits.append(torch.cat([one(row[None]).logits[0] for row in packed.rows])[None])
+    expected = gkd.GKDTrainer.generalized_jsd_loss(
+        logits[0], logits[1].detach(), labels=torch.cat(labels)[None], beta=beta, temperature=T
+    )
+    jsd = ["loss.components.distill.divergence=jsd", f"loss.components.distill.beta={beta}"]
+    components = config_of("gkd", *(jsd if beta < 1 else [])).loss.components
+    assert_same(engine(model, experience, components), plain(model, expected))

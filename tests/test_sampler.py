@@ -7,8 +7,8 @@ from rolling import LIMITS, desk_episodes, rolled, sampler
 from scipy.stats import chisquare
 
 from opd_agents.batch import pack
-from opd_agents.frozen import check_behaviour, frozen_terms
 from opd_agents.errors import AlignmentError
+from opd_agents.frozen import check_behaviour, frozen_terms
 from opd_agents.policies import History, reader
 from opd_agents.policies.models import build_model, forward_flops
 from opd_agents.policies.reader import common_length

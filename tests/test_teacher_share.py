@@ -1,14 +1,17 @@
 """Teacher-mixed sampling: every token is drawn from (1 - a) q + a p, and scored as such."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
-from rolling import desk_episodes, rolled
+from rolling import desk_episodes, rolled, sampler
 from scipy.stats import chisquare
 from test_sampler import converse, ended_by_many, history, sampler_without_end
 from thinking import byte_tokenizer, chat_of
@@ -16,11 +19,16 @@ from thinking import byte_tokenizer, chat_of
 from opd_agents.batch import pack
 from opd_agents.chat import Chat
 from opd_agents.config import Lora
+from opd_agents.errors import AlignmentError, ConfigError
+from opd_agents.frozen import FrozenTerms, check_behaviour
+from opd_agents.objectives import ReferenceTerms
 from opd_agents.policies import Action, History
 from opd_agents.policies.adapters import adapter_off, add_adapter
 from opd_agents.policies.mixture import TokenMixture, log_mixture
 from opd_agents.policies.models import build_model
 from opd_agents.policies.sampler import TransformersSampler
+from opd_agents.teachers import HiddenStates
+from opd_agents.trainer import train
 from opd_agents.types import Actor
 
 SHARE = 0.3
@@ -226,3 +234,87 @@ def test_whole_episodes_record_the_mixture_as_their_behaviour(
         mine = packed.row == row
         place, target = packed.position[mine] - 1, packed.target[mine]
         torch.testing.assert_close(packed.behaviour[mine], mixed[place, target], atol=1e-4, rtol=0)
+
+
+# ---- in a run ----
+
+
+def minillm(output: Path, teacher: Path, *overrides: str) -> Any:
+    """The exact single-step term, and the later tokens' returns by a ratio to the mixture."""
+    later = {"reference": "teacher", "discount": 0.95, "include_now": False, "length_normalise": True}
+    long = {"kind": "policy", "references": {"later": later}, "select": {"actor": "student"}}
+    loss = {"components": {"now": {"kind": "distill"}, "long": long}, "both_kl_legs": True}
+    fixed = ("rollout.teacher_share=0.3", "trainer.steps=2", *overrides)
+    return tiny.mix(output, teacher, *fixed, loss=loss, correction=None)
+
+
+def test_a_run_re_scores_the_mixture_that_it_sampled(tmp_path: Path, tiny_teacher: Path) -> None:
+    run = train(minillm(tmp_path / "run", tiny_teacher, "rollout.max_action_tokens=5"))
+    rows = tiny.metrics(run)
+    assert len(rows) == 2 and all(math.isfinite(row["loss"]) for row in rows)
+    for file in (run / "trajectories").iterdir():
+        for line in file.read_text().splitlines():
+            turns = json.loads(line)["trajectory"]["turns"]
+            assert {turn["actor"] for turn in turns} == {"student"}
+            assert sum(len(turn["action_ids"]) for turn in turns) <= 5
+
+
+def test_another_share_than_was_sampled_is_noticed(student: Any, teacher: Any, desk_chat: Chat) -> None:
+    policy = TokenMixture(
+        sampler(student, desk_chat), sampler(teacher, desk_chat, actor=Actor.TEACHER), SHARE
+    )  # fmt: skip
+    trajectories = rolled(desk_episodes(3, max_turns=2), policy, desk_chat)
+    packed = pack(trajectories)
+    logprob, theirs = torch.zeros(len(packed.target)), torch.zeros(len(packed.target))
+    for number, ids in enumerate(packed.rows):
+        mine = packed.row == number
+        for model, into in ((student, logprob), (teacher, theirs)):
+            scored = log_probs(model, ids[:1].tolist(), ids[1:].tolist(), 1.0).float()
+            into[mine] = scored[packed.position[mine] - 1, packed.target[mine]]
+    frozen = FrozenTerms(logprob, logprob, {"teacher": ReferenceTerms(theirs, None, None, None)})
+    assert check_behaviour(packed, trajectories, frozen, 0, 1e-3, teacher_share=SHARE) < 1e-4
+    for share in (0.0, 0.5):
+        with pytest.raises(AlignmentError, match="re-scores"):
+            check_behaviour(packed, trajectories, frozen, 0, 1e-3, teacher_share=share)
+
+
+def test_what_cannot_be_mixed_is_refused(tmp_path: Path, tiny_teacher: Path) -> None:
+    for override in ("rollout.source=teacher", "correction={}", "teacher.conditioning={sources: [expert]}"):
+        with pytest.raises(ConfigError, match="teacher_share mixes"):
+            minillm(tmp_path / "run", tiny_teacher, override)
+    elsewhere = minillm(tmp_path / "run", tiny_teacher, "teacher.kind=test_teacher_share:Elsewhere")
+    with pytest.raises(ConfigError, match="of kind local or self"):
+        train(elsewhere)
+
+
+class Elsewhere:
+    """A teacher whose distributions are not at hand while a token is drawn."""
+
+    gives = frozenset({HiddenStates})
+    greedy = tokens = flops = None
+
+    def __init__(self, path: str, chat: Chat, *, dtype: str, temperature: float) -> None:
+        pass
+
+    def act(self, histories: Sequence[History]) -> list[Action]:
+        raise NotImplementedError
+
+    score = act
+
+
+@pytest.mark.parametrize("value", ["0", "0.5", "{kind: linear, start: 0, end: 9}"])
+def test_no_room_for_an_action_is_refused(tmp_path: Path, tiny_teacher: Path, value: str) -> None:
+    with pytest.raises(ConfigError, match=r"max_action_tokens.* below 1"):
+        minillm(tmp_path / "run", tiny_teacher, f"rollout.max_action_tokens={value}")
+
+
+def test_a_growing_budget_lets_episodes_grow(tmp_path: Path, tiny_teacher: Path) -> None:
+    growing = "rollout.max_action_tokens={kind: linear, start: 2, end: 10}"
+    run = train(minillm(tmp_path / "run", tiny_teacher, growing, "trainer.steps=4"))
+    for number, most in enumerate((2, 4, 6, 8), start=1):
+        file = run / "trajectories" / f"step-{number:06d}.jsonl"
+        lines = [json.loads(line)["trajectory"] for line in file.read_text().splitlines()]
+        written = [sum(len(turn["action_ids"]) for turn in line["turns"]) for line in lines]
+        reached = [line["exhausted"] == "actions" for line in lines]
+        assert max(written) == most and any(reached)
+        assert all(one == most for one, full in zip(written, reached, strict=True) if full)

@@ -7,16 +7,19 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from engine import component, planned
 from rolling import desk_episodes, rolled, sampler, trajectory, turn
 from thinking import byte_tokenizer, chat_of, published
 
 from opd_agents.batch import pack
-from opd_agents.config import Component, Select, load_config
+from opd_agents.composition import selected
+from opd_agents.config import Select, load_config
 from opd_agents.credit import assign_credit
-from opd_agents.frozen import check_behaviour, frozen_terms
 from opd_agents.errors import AlignmentError, ConfigError
 from opd_agents.evaluation.evaluate import load_contestant
-from opd_agents.loss import micro_losses, plan, selected
+from opd_agents.experience import Experience
+from opd_agents.frozen import check_behaviour, frozen_terms
+from opd_agents.loss import micro_losses
 from opd_agents.policies import Action, History
 from opd_agents.policies.models import (
     build_model,
@@ -140,15 +143,16 @@ def test_forced_ids_stand_in_rows_and_in_nothing_that_is_counted(chat, model, ep
 
 def test_a_forced_id_has_no_gradient(chat, model, episodes):
     """Only states before chosen tokens get one: not those that predict forced ids."""
-    components = {"ce": Component(kind="ce"), "distill": Component(kind="distill")}
+    components = {"ce": component(kind="ce"), "distill": component(kind="distill")}
     packed = pack(episodes)
     with torch.no_grad():
         states = [hidden_states(model, row[None])[0] for row in packed.rows]
     hidden = torch.stack([states[r][p - 1] for r, p in zip(packed.row, packed.position, strict=True)])
     signal = HiddenStates(hidden + 0.1 * torch.sin(hidden), head(model))
-    everything = torch.ones(len(packed.target), dtype=torch.bool)
-    weights = {name: selected(packed, episodes, c.select) for name, c in components.items()}
-    todo = plan(packed, components, weights, {}, everything, 0.0)
+    everything, signals = torch.ones(len(packed.target), dtype=torch.bool), {"teacher": signal}
+    frozen = frozen_terms(model, packed, signals, 1.0, 10_000)
+    experience = Experience(tuple(episodes), packed, signals, {}, frozen, everything)
+    todo = planned(experience, components, temperature=1.0)
     seen = []
     hook = model.model.norm.register_forward_hook(
         lambda module, args, out: (out.retain_grad(), seen.append(out))[1]
@@ -157,7 +161,7 @@ def test_a_forced_id_has_no_gradient(chat, model, episodes):
     for row in range(len(packed.rows)):
         (micro,) = packed.micro_batches(10_000, packed.row == row)
         seen.clear()
-        sum(micro_losses(model, packed, micro, todo, signal, 1.0).values()).backward()
+        sum(micro_losses(model, packed, micro, todo, signals, 1.0).values()).backward()
         reached |= {(row, int(p) + 1) for p in seen[0].grad.ne(0).any(-1)[0].nonzero()}
     hook.remove()
     model.zero_grad()

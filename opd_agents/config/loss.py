@@ -120,6 +120,10 @@ class Distill(_Component):
             tail=(top_k, "bucket, sampled or none, of the signals student_top_k and teacher_top_k"),
             ratio=(self.estimator in ESTIMATES, "live or detached, of the estimators k1, k2 and k3"),
         )
+        if self.ratio_clip is not None and "sampled" in (self.signal, self.tail):
+            raise ValueError(
+                "`ratio_clip` with a sampled signal or tail would divide by the sampling probability twice"
+            )
         if self.renormalise != "none" and self.tail != "none":
             raise ValueError("`renormalise` is for a top-k signal with `tail: none`")
         if self.estimator in ESTIMATES:
@@ -178,7 +182,7 @@ class RewardPart(Section):
     coef: SignedScheduled = 1.0
     baseline: Literal["group", "leave_one_out", "none"] = "group"
     normalise: Literal["std", "batch_std", "none"] = "std"
-    unfinished: Literal["scored", "masked"] = "scored"  # episodes that a budget cut off
+    unfinished: Literal["scored", "masked"] = "scored"  # episodes that, or whose last action, a budget cut off
     gates: list[Weight] = []
 
     @model_validator(mode="after")
@@ -263,6 +267,8 @@ class Preference(_Component):
         _check_given(self, beta=(anchored, "of dpo and spin"), reference=(anchored, "of dpo and spin"))
         if self.select != Select() or self.weights or self.credit or self.denominator != "token":
             raise ValueError("a `preference` counts pairs: take `chosen` and `rejected`, without weights")
+        if "correction" in (self.chosen.source, self.rejected.source):
+            raise ValueError("`source: correction`: accepted repairs are of no group and so in no pair")
         return self
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, TypeAlias
 
-from opd_agents.config.loss import Component, Distill, Policy, Preference
+from opd_agents.config.loss import Component, Distill, Policy, Preference, Select
 from opd_agents.config.weights import (
     Accepted,
     Agreement,
@@ -42,6 +42,13 @@ def weights_of(component: Component) -> Iterator[Weight]:
             yield from reference.gates
         for reward in component.rewards.values():
             yield from reward.gates
+
+
+def selects_of(component: Component) -> list[Select]:
+    """What a component looks at; of a preference, both sides."""
+    if isinstance(component, Preference):
+        return [component.chosen, component.rejected]
+    return [component.select]
 
 
 def _of_component(component: Component) -> Iterator[tuple[str, Need]]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from opd_agents.config.base import Section
-from opd_agents.config.loss import Component, Distill, Loss, Policy, Preference, Select
-from opd_agents.config.needs import reference_needs, weights_of
+from opd_agents.config.loss import Distill, Loss, Policy, Preference
+from opd_agents.config.needs import reference_needs, selects_of, weights_of
 from opd_agents.config.sections import (
     ChatSettings,
     Correction,
@@ -103,7 +103,7 @@ def _references_given(config: RunConfig) -> None:
         raise ValueError(f"references.{min(reserved)}: the name is taken; call it otherwise")
     wanted = reference_needs(config.loss.components).keys()
     if config.teacher is None and (
-        "teacher" in wanted or config.correction or _teacher_acts(config) or config.rollout.teacher_share
+        "teacher" in wanted or _teacher_acts(config) or config.rollout.teacher_share
     ):
         raise ValueError("this loss, source or correction needs a `teacher: {model: PATH}`")
     if unknown := wanted - {"teacher"} - config.references.keys():
@@ -122,7 +122,8 @@ def _references_given(config: RunConfig) -> None:
 
 def _teacher_acts(config: RunConfig) -> bool:
     extra = config.rollout.demonstrations
-    return "teacher" in config.rollout.actors or bool(extra and extra.actor == "teacher")
+    demonstrates = extra is not None and extra.actor == "teacher"
+    return "teacher" in config.rollout.actors or demonstrates or config.correction is not None
 
 
 def _sources_fit(config: RunConfig) -> None:
@@ -137,11 +138,9 @@ def _sources_fit(config: RunConfig) -> None:
     if policies and recorded:
         raise ValueError("a `policy` component needs rollout.source: student; recordings have no log-probs")
     others = actors != {"student"} or rollout.demonstrations is not None
-    for component in policies:
+    for component in policies if others else ():
         on_policy = component.ratio not in ("shaped", "none")
-        if actors == {"student"} and rollout.demonstrations is None:
-            continue
-        if "student" not in actors or (on_policy and component.select.actor is not Actor.STUDENT and others):
+        if "student" not in actors or (on_policy and component.select.actor is not Actor.STUDENT):
             raise ValueError(
                 "a `policy` component needs rollout.source: student; where others act too it needs"
                 " `select: {actor: student}`, or `ratio: shaped` for their tokens"
@@ -161,6 +160,11 @@ def _recordings_fit(config: RunConfig) -> None:
         raise ValueError("`correction` repairs the student's episodes; rollout.source.student must be > 0")
     if config.rollout.demonstrations:
         raise ValueError("rollout.demonstrations are added to groups that the student rolls out, not to data")
+    if not config.rollout.actors and any(isinstance(c, Preference) for c in components.values()):
+        raise ValueError(
+            "a `preference` compares episodes of a group, and recordings are of none; let the student roll"
+            " out groups (rollout.source.student > 0)"
+        )
 
 
 def _groups_fit(config: RunConfig) -> None:
@@ -179,7 +183,7 @@ def _groups_fit(config: RunConfig) -> None:
             "rollout.redraws replaces groups whose rewards are equal: it needs `rewards` in a `policy`"
             " component and rollout.group_size >= 2"
         )
-    if extra is None and any(_demonstrated(select) for c in components for select in _selects(c)):
+    if extra is None and any(s.source == "demonstration" for c in components for s in selects_of(c)):
         raise ValueError("`source: demonstration` selects nothing without rollout.demonstrations")
     if rollout.group_size < 2 and extra is None and any(isinstance(c, Preference) for c in components):
         raise ValueError("a `preference` compares episodes of a group: rollout.group_size must be >= 2")
@@ -200,13 +204,3 @@ def _conditioning_fits(config: RunConfig) -> None:
                 "a teacher that acts knows neither peers nor feedback of an episode to come: its"
                 " conditioning.sources need `text` or `expert`"
             )
-
-
-def _selects(component: Component) -> list[Select]:
-    if isinstance(component, Preference):
-        return [component.chosen, component.rejected]
-    return [component.select]
-
-
-def _demonstrated(select: Select) -> bool:
-    return select.source == "demonstration"
