@@ -124,7 +124,7 @@ def kinds(name: str) -> str:
 
 
 def told(key: Key) -> str:
-    default = ", needed" if key.default is None else f" = `{key.default}`"
+    default = "" if key.default is None else f" = `{key.default}`"
     values = f": {key.values}" if "`" in key.values or "[" in key.values else ""
     return f"`{key.name}`{default}{values}"
 
@@ -197,7 +197,7 @@ def alternatives(annotation: ast.expr, module: ModuleType) -> list[str]:
             chosen = choice.elts if isinstance(choice, ast.Tuple) else [choice]
             return [f"`{ast.literal_eval(one)}`" for one in chosen]
         case ast.Subscript(ast.Name("list"), item):
-            return [f"list of {' or '.join(alternatives(item, module))}"]
+            return [f"list of {' / '.join(alternatives(item, module))}"]
         case ast.Subscript(ast.Name("dict"), ast.Tuple([_, item])):
             return [f"by name: {' or '.join(alternatives(item, module))}"]
         case ast.Subscript(ast.Name("Annotated")):  # a text with a pattern

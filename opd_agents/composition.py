@@ -4,24 +4,20 @@ policy component's advantage is composed of. Without gradient, once per step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from opd_agents.batch import Packed
-from opd_agents.config import Policy, ReferencePart, RewardPart, Scheduled, Select
+from opd_agents.config import Policy, ReferencePart, RewardPart, Select
 from opd_agents.config.weights import Weight
 from opd_agents.errors import AlignmentError
 from opd_agents.objectives import group_advantages, reference_advantages, whitened
 from opd_agents.plugins import Reward
 from opd_agents.types import Outcome, Trajectory
-from opd_agents.weighting import WeightInputs, factor
-
-At: TypeAlias = Callable[[Scheduled], float]
-"""A coefficient's value at this step."""
+from opd_agents.weighting import At, WeightInputs, factor
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +82,7 @@ def compose(
     """``sum_j coef_j g_j d_j + sum_i coef_i g_i A_i`` of every token; ``rewards``: the plug-ins of parts."""
     parts, compared = {}, {}
     for name, part in component.references.items():
-        parts[name] = reference_part(part, inputs, at)
+        parts[name] = _reference_part(part, inputs, at)
     for name, reward_part in component.rewards.items():
         own = reward_advantages(trajectories, reward_part, component.select, rewards.get(name))
         parts[name] = _reward_part(reward_part, own[packed.episode], inputs, at)
@@ -97,7 +93,7 @@ def compose(
     return Composed(total, parts, compared)
 
 
-def reference_part(part: ReferencePart, inputs: WeightInputs, at: At) -> Tensor:
+def _reference_part(part: ReferencePart, inputs: WeightInputs, at: At) -> Tensor:
     terms, nothing = inputs.references[part.reference], torch.zeros(())
     d, kl = terms.logprob - inputs.logprob, None
     # A token that the reference gives no probability stops the run, unless it is another component's matter.

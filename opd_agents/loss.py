@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opd_agents.batch import MicroBatch, Packed
-from opd_agents.composition import At, group_numbers, selected
+from opd_agents.composition import group_numbers, selected
 from opd_agents.config import Component, CrossEntropy, Distill, Entropy, Policy, Preference
 from opd_agents.experience import Assigned, Experience
 from opd_agents.frozen import targets
@@ -39,6 +39,7 @@ from opd_agents.objectives import (
 )
 from opd_agents.policies.models import head, hidden_states
 from opd_agents.teachers import TeacherSignal
+from opd_agents.weighting import At
 
 TokenLoss: TypeAlias = Callable[[TokenTerms, Tensor], Tensor]
 """l_t [n] of n tokens, from their terms and their places in the packed table (int64 [n])."""

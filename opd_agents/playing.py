@@ -26,15 +26,15 @@ class Played(NamedTuple):
     redrawn: int = 0
     discarded_tokens: int = 0
 
-    def metrics(self, config: RunConfig) -> dict[str, float]:
+    def metrics(self, config: RunConfig) -> dict[str, float | None]:
         """Of what the config asks for."""
-        row: dict[str, float] = {}
+        row: dict[str, float | None] = {}
         if config.rollout.redraws:
             row["groups/redrawn"] = self.redrawn
         if config.rollout.demonstrations:
             shown = [trajectory.success for trajectory in self.trajectories if trajectory.demonstration]
             row["demonstrations/episodes"] = len(shown)
-            row |= {"demonstrations/success": sum(shown) / len(shown)} if shown else {}
+            row["demonstrations/success"] = sum(shown) / len(shown) if shown else None
         return row
 
 

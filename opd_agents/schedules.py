@@ -36,20 +36,26 @@ def value_at(schedule: float | Schedule, clock: Clock) -> float:
             return float(constant)
 
 
+def schedules_in(config: object, place: str = "") -> dict[str, Schedule]:
+    """Every schedule in a section, by its dotted place there."""
+    match config:
+        case Ramp() | Switch() | Adaptive():
+            return {place: config}
+        case Section() | dict():
+            parts = dict(config)
+        case list():
+            parts = dict(enumerate(config))
+        case _:
+            return {}
+    found: dict[str, Schedule] = {}
+    for key, part in parts.items():
+        found |= schedules_in(part, f"{place}.{key}" if place else str(key))
+    return found
+
+
 def adaptive_schedules(config: object) -> list[Adaptive]:
     """Those anywhere in a section, each once: two that are equal move as one."""
-    match config:
-        case Adaptive():
-            return [config]
-        case Section():
-            parts: list[object] = list(dict(config).values())
-        case dict():
-            parts = list(config.values())
-        case list():
-            parts = config
-        case _:
-            return []
-    return list(dict.fromkeys(found for part in parts for found in adaptive_schedules(part)))
+    return list(dict.fromkeys(one for one in schedules_in(config).values() if isinstance(one, Adaptive)))
 
 
 def adapt(

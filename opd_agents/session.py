@@ -16,15 +16,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from opd_agents import envs
 from opd_agents.batch import Packed
-from opd_agents.chat import Chat, build_word_tokenizer
-from opd_agents.config import (
-    ChatSettings,
-    EnvironmentSource,
-    Recorded,
-    RunConfig,
-    SignedScheduled,
-    Student,
-)
+from opd_agents.chat import Chat
+from opd_agents.config import EnvironmentSource, Recorded, RunConfig, SignedScheduled
 from opd_agents.config.needs import weights_of
 from opd_agents.config.weights import WithoutTokens
 from opd_agents.distributed import ALONE, World
@@ -33,27 +26,18 @@ from opd_agents.evaluation import load_suite
 from opd_agents.optimizers import ModelOptimizer
 from opd_agents.plugins import load_object
 from opd_agents.policies import ExpertPolicy, MixturePolicy, Policy
-from opd_agents.policies.adapters import adapter_base, add_adapter, train_adapter
 from opd_agents.policies.mixture import TokenMixture
-from opd_agents.policies.models import (
-    build_model,
-    check_projection,
-    fit_vocabulary,
-    load_chat,
-    load_merged,
-    load_model,
-    load_tokenizer,
-    save_checkpoint,
-)
+from opd_agents.policies.models import check_projection, load_tokenizer, save_checkpoint
 from opd_agents.policies.recomputation import prepare_recomputation
 from opd_agents.policies.sampler import TransformersSampler
-from opd_agents.recordings import Recordings, read_conversations, refuse_bad, texts
+from opd_agents.recordings import Recordings, read_conversations, refuse_bad
 from opd_agents.references import References, check_references
-from opd_agents.rollout import Episode, Limits, check_conversation, rollout
+from opd_agents.rollout import Episode, Limits, check_conversation
 from opd_agents.rows import read_rows
 from opd_agents.runs import RunFolder, checkpoints_in, newest_checkpoint
-from opd_agents.schedules import Clock, adapt, adaptive_schedules, value_at
+from opd_agents.schedules import Clock, adapt, adaptive_schedules, schedules_in, value_at
 from opd_agents.sharding import Trained, shard, trained_weights, whole_state
+from opd_agents.student import load_student
 from opd_agents.tasks import check_experts, draw_episodes, split_sizes
 from opd_agents.teachers import Teacher, TeacherSignal
 from opd_agents.teachers.local import ModelTeacher
@@ -61,7 +45,6 @@ from opd_agents.types import Actor, SpanKind, Trajectory, to_json
 
 TOTALS = ("generated_tokens", "correction_tokens", "teacher_tokens", "flops", "seconds")
 EVALUATION_METRICS = ("eval/success", "eval/success_low", "eval/success_high", "eval/success_greedy")
-TOKENIZER_EPISODES = 500  # expert episodes that a fresh tokenizer's vocabulary is read from
 
 
 @dataclass
@@ -87,7 +70,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self.behaviour, self.demonstrator = self._policies()
-        self._adaptive = adaptive_schedules(self.config)
+        self._schedules, self._adaptive = schedules_in(self.config), adaptive_schedules(self.config)
         self._counted = {"teacher_tokens": 0, "flops": 0}  # of the counters below, in the totals already
 
     def _policies(self) -> tuple[Policy, Policy]:
@@ -150,6 +133,10 @@ class Session:
     def at(self, schedule: SignedScheduled) -> float:
         """A coefficient's value at this step."""
         return value_at(schedule, self.clock)
+
+    def scheduled(self) -> dict[str, float]:
+        """What every schedule of the config gives this step, as metrics by its place there."""
+        return {f"scheduled/{place}": self.at(schedule) for place, schedule in self._schedules.items()}
 
     @property
     def learning_rate(self) -> float:
@@ -276,7 +263,7 @@ def _check_plugins(config: RunConfig) -> None:
 def load_session(config: RunConfig, folder: RunFolder, world: World = ALONE) -> Session:
     """Everything a stage needs, from its start or from the folder's newest checkpoint."""
     checkpoints = folder.checkpoints()
-    model, tokenizer, chat = _student(config, str(checkpoints[-1]) if checkpoints else None)
+    model, tokenizer, chat = load_student(config, str(checkpoints[-1]) if checkpoints else None)
     check_projection(model, config.student.dtype)
     _check_spans(config, chat)
     _check_texts(config, chat)
@@ -312,11 +299,13 @@ def _check_conversations(session: Session) -> None:
 
 
 def _check_texts(config: RunConfig, chat: Chat) -> None:
-    for component in config.loss.components.values():
-        for weight in weights_of(component):
-            if isinstance(weight, WithoutTokens):
-                for text in set(weight.tokens) - {"end"}:
-                    chat.token_id(text)
+    for name, component in config.loss.components.items():
+        texts = [w.tokens for w in weights_of(component) if isinstance(w, WithoutTokens)]
+        for text in sorted({text for tokens in texts for text in tokens} - {"end"}):
+            try:
+                chat.token_id(text)
+            except ConfigError as error:
+                raise ConfigError(f"loss.components.{name}: a weight `without_tokens`: {error}") from None
 
 
 def _check_spans(config: RunConfig, chat: Chat) -> None:
@@ -326,60 +315,3 @@ def _check_spans(config: RunConfig, chat: Chat) -> None:
                 f"loss.components.{name}.select.spans: think alone, but the chat template marks no thought,"
                 " so that the component would see nothing; leave it out."
             )
-
-
-def _student(
-    config: RunConfig, checkpoint: str | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Chat]:
-    chat = config.chat
-    settings = chat.model_dump()
-    build = config.student.build
-    if checkpoint is None and build is not None:
-        if config.student.lora is not None:
-            raise ConfigError(
-                "student.lora trains an adapter of a frozen model, and a fresh one (student.build) knows "
-                "nothing: give the checkpoint to adapt as student.model."
-            )
-        shared = build.tokenizer
-        tokenizer = load_tokenizer(newest_checkpoint(shared)) if shared else _fresh_tokenizer(config)
-        model = build_model(build.model_type, build.config, tokenizer, config.seed, config.student.dtype)
-        return model, tokenizer, Chat(tokenizer, **settings)
-    path = checkpoint or newest_checkpoint(str(config.student.model))
-    tokenizer, model = load_tokenizer(path), _weights(path, config.student, config.seed)
-    fit_vocabulary(model, tokenizer, path)
-    return model, tokenizer, load_chat(path, tokenizer, settings if chat != ChatSettings() else None)
-
-
-def _weights(path: str, student: Student, seed: int) -> PreTrainedModel:
-    """The weights of a checkpoint, all of them or those of an adapter to be trained. An adapter of an earlier
-    stage is trained further, or becomes part of a model that is trained whole."""
-    if student.lora is None:
-        return load_merged(path, student.dtype)
-    model = load_model(path, student.dtype)
-    if adapter_base(path) is None:
-        add_adapter(model, student.lora, seed)
-    else:
-        train_adapter(model, student.lora, path)
-    return model
-
-
-def _fresh_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    """A word-level tokenizer read off the recordings and off the scripted experts' training episodes."""
-    samples: list[str] = []
-    if isinstance(source := config.rollout.source, Recorded):
-        samples += texts(read_rows(source.dataset, source.split))
-        experts = [e for e in config.environments if envs.make(e.id, **e.options).has_expert]
-        config = config.model_copy(update={"environments": experts})
-    return build_word_tokenizer(samples + _expert_texts(config))
-
-
-def _expert_texts(config: RunConfig) -> list[str]:
-    sizes = split_sizes(config.environments)
-    many = {"episodes_per_step": TOKENIZER_EPISODES, "group_size": 1, "source": "expert"}
-    draw = config.model_copy(update={"rollout": config.rollout.model_copy(update=many)})
-    episodes = draw_episodes(draw, 0, sizes)
-    trajectories = rollout(
-        episodes, ExpertPolicy(), make=envs.make, chat=None, limits=Limits(), temperature=1.0
-    )
-    prompts = [m.content for t in trajectories for m in t.messages if m.role == "user"]
-    return prompts + [x for t in trajectories for turn in t.turns for x in (turn.action, turn.observation)]

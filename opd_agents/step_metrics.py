@@ -28,9 +28,10 @@ def step_metrics(
     """Means are per episode; ``distill/kl`` is the mean KL(student || teacher) in nats per student token,
     ``distill/kl_think`` (call, text, special) that per token of one kind of span, ``recorded/kl`` that per
     recorded token; of a teacher that tells log-probs only, ``distill/log_ratio`` is the mean log q - log p of
-    the student's tokens, which estimates it. ``rollout/think_tokens`` and the like count what models wrote in
+    the student's tokens, which estimates it. Of another reference it is ``kl/NAME`` or ``log_ratio/NAME``.
+    ``rollout/think_tokens`` and the like count what models wrote in
     this step's episodes, ``rollout/forced_tokens`` what a thinking budget put there beside it."""
-    rolled, frozen, repairs = experience.rollouts, experience.frozen, experience.repairs
+    rolled, repairs = experience.rollouts, experience.repairs
     generated = session.totals["generated_tokens"] - before["generated_tokens"]
     row: dict[str, Any] = {
         "step": session.step,
@@ -42,19 +43,8 @@ def step_metrics(
         **_recorded(session, experience),
         **losses,
     }
-    taught = frozen.references.get("teacher")
-    if taught is not None and taught.kl is not None:
-        row["distill/kl"] = _mean(experience, taught.kl, Actor.STUDENT)
-        by_kind = {kind: _mean(experience, taught.kl, Actor.STUDENT, kind) for kind in SpanKind}
-        row |= {f"distill/kl_{kind}": value for kind, value in by_kind.items() if value is not None}
-        if session.recordings is not None:
-            row["recorded/kl"] = _mean(experience, taught.kl, Actor.CORPUS)
-    elif taught is not None:
-        row["distill/log_ratio"] = _mean(experience, frozen.logprob - taught.logprob, Actor.STUDENT)
+    row |= _distances(experience, recorded=session.recordings is not None)
     row |= _advantages(experience, assigned)
-    for name, component in session.config.loss.components.items():
-        if not isinstance(component.coef, float):
-            row[f"coef/{name}"] = assigned.coefs[name]
     if session.config.correction is not None:
         row |= {
             "correction/proposed": len(repairs),
@@ -62,14 +52,35 @@ def step_metrics(
             "correction/token_share": session.totals["correction_tokens"]
             / max(1.0, session.totals["generated_tokens"]),
         }
-        if repairs:
-            row["correction/gain"] = sum(r.success_repair - r.success_student for r in repairs) / len(repairs)
+        gains = [repair.success_repair - repair.success_student for repair in repairs]
+        row["correction/gain"] = sum(gains) / len(gains) if gains else None
     row |= {f"total/{key}": value for key, value in session.totals.items() if key != "seconds"}
     return row | {
         "seconds": seconds,
         "total/seconds": session.totals["seconds"] + seconds,
         "tokens_per_second": generated / seconds,
     }
+
+
+def _distances(experience: Experience, *, recorded: bool) -> dict[str, float | None]:
+    """Of the student from every reference, each over the tokens that it had something to say about."""
+    row: dict[str, float | None] = {}
+    student = _of_actor(experience, Actor.STUDENT)
+    for name, terms in experience.frozen.references.items():
+        own, taught = name == "teacher", experience.taught.get(name, torch.ones_like(student))
+        if terms.kl is None:
+            key = "distill/log_ratio" if own else f"log_ratio/{name}"
+            row[key] = _mean(experience.frozen.logprob - terms.logprob, student & taught)
+            continue
+        row["distill/kl" if own else f"kl/{name}"] = _mean(terms.kl, student & taught)
+        if not own:
+            continue
+        for kind in SpanKind:
+            value = _mean(terms.kl, student & taught & experience.packed.of_kinds([kind]))
+            row |= {} if value is None else {f"distill/kl_{kind}": value}
+        if recorded:
+            row["recorded/kl"] = _mean(terms.kl, _of_actor(experience, Actor.CORPUS) & taught)
+    return row
 
 
 def _advantages(experience: Experience, assigned: Assigned) -> dict[str, float | int]:
@@ -102,13 +113,14 @@ def _span_tokens(rolled: Sequence[Trajectory]) -> dict[str, int]:
     return {f"rollout/{kind}_tokens": counts[kind] for kind in SpanKind if counts[kind]}
 
 
-def _mean(experience: Experience, values: Tensor, actor: Actor, kind: SpanKind | None = None) -> float | None:
-    """Per token of one actor, and of one kind of span."""
+def _of_actor(experience: Experience, actor: Actor) -> Tensor:
     packed, trajectories = experience.packed, experience.trajectories
-    mine = torch.tensor([trajectories[e].turns[t].actor is actor for e, t in packed.turns])[packed.turn]
-    if kind is not None:
-        mine = mine & packed.of_kinds([kind])
-    return float(values[mine].mean()) if bool(mine.any()) else None
+    of_turn = [trajectories[episode].turns[index].actor is actor for episode, index in packed.turns]
+    return torch.tensor(of_turn, dtype=torch.bool)[packed.turn]
+
+
+def _mean(values: Tensor, where: Tensor) -> float | None:
+    return float(values[where].mean()) if bool(where.any()) else None
 
 
 def _episode_means(rolled: Sequence[Trajectory]) -> dict[str, float]:

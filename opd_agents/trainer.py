@@ -155,7 +155,7 @@ def train_step(session: Session) -> dict[str, Any]:
     if session.recordings is not None:
         trajectories = sorted(trajectories + session.recordings.draw(session.step), key=lambda t: t.uid)
     experience = with_repairs(session, score(session, trajectories))
-    assigned = session.world.from_main(lambda: credit(session, experience))
+    assigned, scheduled = session.world.from_main(lambda: credit(session, experience)), session.scheduled()
     losses = update(session, experience, assigned)
     session.advance(
         generated_tokens=sum(t.n_action_tokens for t in trajectories) + played.discarded_tokens,
@@ -163,7 +163,8 @@ def train_step(session: Session) -> dict[str, Any]:
     )
     session.folder.save_trajectories(session.step, trajectory_rows(experience, assigned.credits))
     seconds = time.perf_counter() - started
-    row = step_metrics(session, experience, assigned, losses, before, seconds) | played.metrics(config)
+    row = step_metrics(session, experience, assigned, losses, before, seconds)
+    row |= played.metrics(config) | scheduled
     if config.evaluation and session.step % config.evaluation.every == 0:
         session.evaluation = evaluate_session(session)
         row |= session.evaluation_row()

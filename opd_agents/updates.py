@@ -16,7 +16,7 @@ from opd_agents.batch import EMPTY, MicroBatch, Packed
 from opd_agents.composition import selected
 from opd_agents.config import Component, Preference, Select
 from opd_agents.config.needs import selects_of
-from opd_agents.errors import AlignmentError
+from opd_agents.errors import AlignmentError, ConfigError
 from opd_agents.experience import Assigned, Experience
 from opd_agents.loss import Plan, looks_beyond, micro_losses, plan
 from opd_agents.objectives import token_terms
@@ -29,8 +29,8 @@ from opd_agents.sharding import updating
 def update(session: Session, experience: Experience, assigned: Assigned) -> dict[str, float]:
     """``updates_per_step`` optimizer steps, each on its share of the trajectories; mean losses and norms.
 
-    Raises AlignmentError where no component can find a token to learn from, and for a loss or a gradient that
-    is not finite.
+    Raises ConfigError where no component can find a token to learn from, AlignmentError for a loss or a
+    gradient that is not finite.
     """
     config, components = session.config, session.config.loss.components
     _refuse_empty(components, experience, step=session.step + 1)
@@ -72,7 +72,7 @@ def _refuse_empty(components: Mapping[str, Component], experience: Experience, s
         return rare or bool(selected(packed, trajectories, anyhow).any())
 
     if packed.turns and not any(may_select(s) for c in components.values() for s in selects_of(c)):
-        raise AlignmentError(
+        raise ConfigError(
             f"Step {step} has {len(packed.target)} action tokens, but no loss component selects any of them: "
             f"check the `select` of {', '.join(components)} against rollout.source."
         )

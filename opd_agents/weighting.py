@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -37,6 +37,9 @@ from opd_agents.config.weights import (
 from opd_agents.errors import AlignmentError, ConfigError
 from opd_agents.objectives import ReferenceTerms, weights
 from opd_agents.objectives.inputs import check_rows
+
+At: TypeAlias = Callable[[Scheduled], float]
+"""A coefficient's value at this step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +121,7 @@ class WeightInputs:
 def factor(
     weight: Weight,
     inputs: WeightInputs,
-    at: Callable[[Scheduled], float],
+    at: At,
     advantage: Tensor | None = None,
 ) -> Tensor:
     """What ``weight`` multiplies every action token by: [N], 0 where the component does not look.
@@ -220,9 +223,7 @@ def _trust(weight: Trust, inputs: WeightInputs) -> Tensor:
     return (-means / weight.scale).exp()[whole.selected]
 
 
-def _of_places(
-    weight: WithoutTokens | Prefix, inputs: WeightInputs, at: Callable[[Scheduled], float]
-) -> Tensor:
+def _of_places(weight: WithoutTokens | Prefix, inputs: WeightInputs, at: At) -> Tensor:
     match weight:
         case Prefix(tokens=None, turns=turns) if turns is not None:
             return (weights.turn_places(inputs.turn, inputs.episode) + 1 <= at(turns)).float()

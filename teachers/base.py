@@ -7,6 +7,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
 from opd_agents.batch import Packed
@@ -118,7 +119,7 @@ def check_serves(what: str, gives: AbstractSet[type], needs: AbstractSet[Need]) 
 
 def check_aligned(what: str, signal: TeacherSignal, gives: AbstractSet[type], size: int) -> None:
     """Raise AlignmentError unless the signal is of a type that the teacher ``gives`` and has one row for each
-    of ``size`` action tokens."""
+    of ``size`` action tokens; ConfigError for log-probs in half precision."""
     if type(signal) not in gives:
         raise AlignmentError(
             f"{what} gave a {type(signal).__name__}, which is not among what its class says that it `gives`."
@@ -132,6 +133,11 @@ def check_aligned(what: str, signal: TeacherSignal, gives: AbstractSet[type], si
         case SampledLogprobs(logprobs):
             tensors, words = (logprobs,), "log-probs"
     for tensor in tensors:
+        if tensor.dtype in (torch.float16, torch.bfloat16) and not isinstance(signal, HiddenStates):
+            raise ConfigError(
+                f"{what} gave {tensor.dtype} log-probs, whose rounding is of the size of what is learned."
+                " It must take its log-softmax in float32, or give hidden states, which may be of any type."
+            )
         if len(tensor) != size:
             raise AlignmentError(
                 f"{what} gave {len(tensor)} {words} for {size} action tokens: it must give one before every "

@@ -14,7 +14,7 @@ from torch import Tensor
 from opd_agents.batch import Packed, pack
 from opd_agents.config import Component
 from opd_agents.experience import Experience
-from opd_agents.types import Actor, Branch, Outcome, Trajectory
+from opd_agents.types import Actor, Branch, Outcome, StopReason, Trajectory
 
 # Of three groups of four: how each episode ended, its reward, and how many of its turns it had. The middle
 # group failed, with rewards that differ all the same.
@@ -109,7 +109,7 @@ class Rewarded:
         self.past, self.model = in_float64(student), moved(student)
         self.judge, self.initial = in_float64(teacher), in_float64(initial)
         self.episodes = [
-            dataclasses.replace(t, turns=t.turns[:length], outcome=ENDED[outcome], reward=reward)
+            _ended(t, outcome, reward, length)
             for t, outcome, reward, length in zip(sampled, OUTCOMES, REWARDS, TURNS, strict=True)
         ]
         self.repaired, self.shown = _repaired(sampled[3]), _shown(sampled[9])
@@ -145,6 +145,16 @@ class Rewarded:
         if key not in self._known:
             self._known[key] = (list(trajectories), made(trajectories))
         return self._known[key][1]
+
+
+def _ended(sampled: Trajectory, outcome: str, reward: float, length: int) -> Trajectory:
+    """As if its last turn had ended it, or a budget had (``u``)."""
+    *turns, last = sampled.turns[:length]
+    exhausted = "turns" if outcome == "u" else None
+    last = dataclasses.replace(last, stop_reason=StopReason.END)
+    return dataclasses.replace(
+        sampled, turns=(*turns, last), outcome=ENDED[outcome], reward=reward, exhausted=exhausted
+    )
 
 
 def _repaired(sampled: Trajectory) -> Trajectory:

@@ -15,6 +15,9 @@ DESK = {"id": "opd_agents/OrderDesk-v0"}
 CE = {"kind": "ce"}
 DISTILL = {"kind": "distill"}
 POLICY = {"kind": "policy", "rewards": {"verifier": {}}}
+PAIRS = {
+    "kind": "preference", "form": "orpo", "chosen": {"outcome": "success"}, "rejected": {"outcome": "failure"}
+}  # fmt: skip
 
 
 def raw(**changes: Any) -> dict[str, Any]:
@@ -219,6 +222,12 @@ def of(**components: Any) -> dict[str, Any]:
         (of(p=POLICY) | {"rollout": {"source": "expert", "group_size": 2}}, ["source"]),
         (of(a=CE | {"denominator": "constant"}), ["loss.components.a", "constant"]),
         (of(a=CE | {"constant": 5}), ["loss.components.a", "constant"]),
+        (of(d=DISTILL | {"signal": "sampled", "ratio_clip": 2.0}), ["loss.components.d", "ratio_clip"]),
+        (
+            of(p=PAIRS | {"chosen": {"source": "correction"}}),
+            ["loss.components.p", "repairs are of no group"],
+        ),
+        (of(p=PAIRS) | {"rollout": {"source": {"dataset": "x"}}}, ["recordings are of none"]),
     ],
 )
 def test_an_impossible_combination_is_refused(change: dict[str, Any], parts: list[str]) -> None:

@@ -83,10 +83,21 @@ def terms_of(frozen):
 
 
 def test_a_reference_that_had_nothing_to_say_agrees_with_the_student():
-    terms = ReferenceTerms(torch.tensor([-1.0, -2.0]), torch.tensor([0.5, 0.7]), torch.ones(2), torch.ones(2))
-    frozen = FrozenTerms(torch.tensor([-3.0, -4.0]), torch.ones(2), {"teacher": terms})
-    heard = frozen.where_taught({"teacher": torch.tensor([True, False])}).references["teacher"]
-    assert heard.logprob.tolist() == [-1.0, -4.0] and heard.kl.tolist() == [0.5, 0.0]
+    entropy, rank = torch.tensor([1.5, 1.25]), torch.tensor([3.0, 2.0])
+    terms = ReferenceTerms(torch.tensor([-1.0, -2.0]), torch.tensor([0.5, 0.7]), entropy, rank)
+    single = ReferenceTerms(terms.logprob, None, None, None)
+    told = {"teacher": terms, "api": single, "other": terms}
+    frozen = FrozenTerms(torch.tensor([-3.0, -4.0]), torch.tensor([0.75, 0.5]), told)
+    said = torch.tensor([True, False])
+    heard = frozen.where_taught({"teacher": said, "api": said}).references
+    assert [column.tolist() for column in heard["teacher"]] == [
+        [-1.0, -4.0],
+        [0.5, 0.0],
+        [1.5, 0.5],
+        [3.0, 0.0],
+    ]
+    assert heard["api"].logprob.tolist() == [-1.0, -4.0] and heard["api"][1:] == (None, None, None)
+    assert heard["other"] is terms
 
 
 def advantages(trajectories, normalise, **select):

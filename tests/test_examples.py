@@ -136,10 +136,11 @@ def test_the_shown_tasks_are_played(data: Path) -> None:
 
 def test_the_shown_functions_are_taken(data: Path) -> None:
     config = load_config("plugged.yaml")
-    assert teacher_class(config.teacher, needs_signal=True).__name__ == "Sharp"
+    assert teacher_class("teacher", config.teacher, {"full"}).__name__ == "Sharp"
     episode = trajectory([turn((5, 6), (7, 8))])
     brief, distill = config.loss.components["brief"], config.loss.components["distill"]
-    assert load_reward(brief.reward, "reward")(episode) == -0.01 * episode.n_action_tokens < 0
+    reward = load_reward(brief.rewards["short"].reward, "reward")
+    assert reward(episode) == -0.01 * episode.n_action_tokens < 0
     assert load_credit(distill.credit, "credit")(episode, [Credit(kl_mean=0.25)]) == [0.75]
     [environment] = load_config("prompts.yaml").environments
     assert opd.make(environment.id, **environment.options).split_size("train") == 150

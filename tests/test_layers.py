@@ -25,7 +25,7 @@ LAYERS = (
     ("teachers",),
     ("correction", "frozen", "weighting", "composition", "credit", "objectives"),
     (
-        *("loss", "optimizers", "runs", "tasks", "playing", "progress", "references", "session"),
+        *("loss", "optimizers", "runs", "tasks", "playing", "progress", "references", "student", "session"),
         *("step_metrics", "experience", "updates", "trainer", "evaluation", "diagnostics"),
         *("export", "traces"),
     ),

@@ -295,6 +295,30 @@ def test_unselected_expert_tokens_change_nothing(model, mixed, seen):
     assert math.isfinite(policy[0]) and bool(torch.isfinite(policy[1]).all())
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"references": {"teacher": {"baseline": "closed_form"}}},
+        {"rewards": VERIFIER, "ratio": "trrd", "trrd_alpha": 0.5, "trrd_reference": "teacher"},
+    ],
+)
+def test_what_a_reference_says_of_unselected_tokens_is_not_looked_at(model, mixed, policy, seen):
+    """Also where it is infinite, as of tokens that it does not have."""
+    whole = seen(mixed)
+    mine = {
+        "c": component(kind="policy", select=Select(outcome=Outcome.SUCCESS, actor=Actor.STUDENT), **policy)
+    }
+    counted = planned(whole, mine).parts["c"].coefficients != 0
+    assert bool(counted.any()) and not bool(counted.all())
+    told = whole.frozen.references["teacher"]
+    spoilt = told._replace(
+        logprob=torch.where(counted, told.logprob, -math.inf), kl=torch.where(counted, told.kl, math.inf)
+    )
+    frozen = dataclasses.replace(whole.frozen, references={"teacher": spoilt})
+    other = dataclasses.replace(whole, frozen=frozen)
+    assert_same(engine(model, other, mine), engine(model, whole, mine), rtol=1e-10)
+
+
 def test_coefficients_follow_their_schedule(sampled, seen):
     for kind, middle in (("linear", 0.75), ("cosine", 1.0 - 0.5 * (1 - math.cos(math.pi / 4)))):
         one = component(kind="ce", coef=Ramp(kind=kind, start=1.0, end=0.0))

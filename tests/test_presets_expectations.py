@@ -105,7 +105,7 @@ def kl_of_sequences(models: tuple[Any, Any]) -> tuple[float, Tensor]:
     return plain(student, total)
 
 
-def gradients(one: tuple[float, Tensor], other: tuple[float, Tensor]) -> None:
+def assert_same_gradient(one: tuple[float, Tensor], other: tuple[float, Tensor]) -> None:
     assert_same((0.0, one[1]), (0.0, other[1]))
 
 
@@ -134,7 +134,7 @@ ESTIMATES: list[tuple[str, list[str]]] = [
 def test_on_average_over_samples_the_gradient_is_that_of_the_whole_reverse_kl(
     method: str, changes: list[str], models: tuple[Any, Any]
 ) -> None:
-    gradients(expected(models, method, changes), kl_at_visited_states(models))
+    assert_same_gradient(expected(models, method, changes), kl_at_visited_states(models))
 
 
 @pytest.mark.parametrize(("method", "changes"), ESTIMATES[:-1])
@@ -142,14 +142,16 @@ def test_so_it_is_whatever_each_token_was_sampled_with(
     method: str, changes: list[str], models: tuple[Any, Any]
 ) -> None:
     """The ratio to the mixture that minillm samples from (where none is clipped) takes its part back."""
-    gradients(expected(models, method, changes, share=0.2), kl_at_visited_states(models, share=0.2))
+    assert_same_gradient(
+        expected(models, method, changes, share=0.2), kl_at_visited_states(models, share=0.2)
+    )
 
 
 def test_minillms_two_parts_make_up_the_kl_of_sequences(models: tuple[Any, Any]) -> None:
     """Undiscounted, neither whitened nor by length: what its authors decompose."""
     long = "loss.components.long"
     whole = [f"{long}.whiten=false", f"{long}.references.teacher={{discount: 1, length_normalise: false}}"]
-    gradients(expected(models, "minillm", whole), kl_of_sequences(models))
+    assert_same_gradient(expected(models, "minillm", whole), kl_of_sequences(models))
 
 
 def test_without_its_long_part_minillm_is_gkd(models: tuple[Any, Any]) -> None:
@@ -158,7 +160,7 @@ def test_without_its_long_part_minillm_is_gkd(models: tuple[Any, Any]) -> None:
 
 def test_undiscounted_thinking_machines_learns_the_kl_of_sequences(models: tuple[Any, Any]) -> None:
     later = [f"{DISTILL}.references.teacher.discount=1"]
-    gradients(expected(models, "thinking_machines", later), kl_of_sequences(models))
+    assert_same_gradient(expected(models, "thinking_machines", later), kl_of_sequences(models))
     state = expected(models, "thinking_machines")[1]
     assert float((state - kl_of_sequences(models)[1]).norm()) > 0.1 * float(state.norm())
 
@@ -173,7 +175,7 @@ def test_veto_is_on_average_the_policy_gradient_of_its_advantage(models: tuple[A
         q, p = by_token(student, sequence)[places], by_token(teacher, sequence)[places]
         advantage = (p - (1 - 0.8) * q).detach()
         total = total - probability * (advantage * q).sum()
-    gradients((0.0, ours), plain(student, total))
+    assert_same_gradient((0.0, ours), plain(student, total))
 
 
 def settled(component: Any, teacher: Tensor, progress: float = 0.0) -> tuple[Tensor, Tensor]:

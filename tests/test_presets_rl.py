@@ -18,7 +18,6 @@ from engine import (
     engine,
     experience_of,
     log_probs,
-    moved,
     plain,
     preset,
 )
@@ -82,7 +81,7 @@ def test_a_preset_is_its_clipped_surrogate(
     ratio, advantage = parts(rewarded.seen(episodes))
     expected = rewarded.plain(surrogate(ratio, advantage, high=high).mean())
     batch = [*episodes, rewarded.repaired, rewarded.shown]
-    ours = rewarded.trained(preset(method), batch, chat=desk_chat, progress=progress, tokens=400)
+    ours = rewarded.trained(preset(method), batch, chat=desk_chat, progress=progress)
     assert_same(ours, expected, rtol=1e-5)
 
 

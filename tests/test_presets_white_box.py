@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import papers
 import pytest
 import torch
 from engine import (
@@ -24,186 +25,15 @@ from engine import (
     plain,
     preset,
 )
+from papers import Formula, Seen, entropy, kl
 from rolling import LIMITS, desk_episodes, rolled, sampler
 from torch import Tensor
 
-from opd_agents.batch import Packed
 from opd_agents.policies.mixture import TokenMixture
 from opd_agents.schedules import Clock, value_at
 from opd_agents.types import Actor, Outcome, Trajectory
 
 OUTCOMES = {"s": Outcome.SUCCESS, "f": Outcome.FAILURE, "u": Outcome.UNFINISHED}
-
-
-class Seen(NamedTuple):
-    """A batch as a paper sees it: log-probs [N, V] of the student (differentiable), of the teacher and of the
-    student that sampled, and for each of the E episodes its tokens, in order of time."""
-
-    q: Tensor
-    p: Tensor
-    old: Tensor
-    packed: Packed
-    trajectories: Sequence[Trajectory]
-
-    @property
-    def episodes(self) -> list[Tensor]:
-        return [(self.packed.episode == e).nonzero()[:, 0] for e in range(len(self.trajectories))]
-
-    @property
-    def d(self) -> Tensor:
-        """log p - log q of the sampled tokens, at the student that sampled."""
-        return chosen(self.p, self.packed) - chosen(self.old, self.packed)
-
-    @property
-    def ratio(self) -> Tensor:
-        return (chosen(self.q, self.packed) - self.packed.behaviour.double()).exp()
-
-    def where(self, *outcomes: Outcome) -> list[int]:
-        return [e for e, t in enumerate(self.trajectories) if t.outcome in outcomes]
-
-
-Formula = Callable[[Seen], Tensor]
-
-
-def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    return (log_a.exp() * (log_a - log_b)).sum(-1)
-
-
-def entropy(log_a: Tensor) -> Tensor:
-    return -(log_a.exp() * log_a).sum(-1)
-
-
-def renormalised(log_a: Tensor, ids: Tensor) -> Tensor:
-    head = log_a.gather(1, ids)
-    return head - head.logsumexp(-1, keepdim=True)
-
-
-def clipped(ratio: Tensor, advantage: Tensor) -> Tensor:
-    return -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
-
-
-def gkd(seen: Seen) -> Tensor:
-    return kl(seen.q, seen.p).mean()
-
-
-def jsd(beta: float) -> Formula:
-    def formula(seen: Seen) -> Tensor:
-        m = (beta * seen.p.exp() + (1 - beta) * seen.q.exp()).log()
-        return (beta * kl(seen.p, m) + (1 - beta) * kl(seen.q, m)).mean()
-
-    return formula
-
-
-def gkd_by_episode(seen: Seen) -> Tensor:
-    return torch.stack([kl(seen.q, seen.p)[own].mean() for own in seen.episodes]).mean()
-
-
-def distillm(seen: Seen) -> Tensor:
-    return kl(seen.q, (0.1 * seen.q.exp() + 0.9 * seen.p.exp()).log()).mean()
-
-
-def distillm2(seen: Seen) -> Tensor:
-    """SKL(p || q) on the teacher's text and SRKL(q || p) on the student's, means of episodes' means."""
-    skl = kl(seen.p, (0.1 * seen.p.exp() + 0.9 * seen.q.exp()).log())
-    srkl = kl(seen.q, (0.1 * seen.q.exp() + 0.9 * seen.p.exp()).log())
-    by_teacher = [t.turns[0].actor is Actor.TEACHER for t in seen.trajectories]
-    assert 0 < sum(by_teacher) < len(by_teacher)
-    paths: dict[bool, list[Tensor]] = {True: [], False: []}
-    for own, theirs in zip(seen.episodes, by_teacher, strict=True):
-        paths[theirs].append((skl if theirs else srkl)[own].mean())
-    return torch.stack(paths[True]).mean() + torch.stack(paths[False]).mean()
-
-
-def tip(seen: Seen) -> Tensor:
-    """Soft-OR of scaled entropy and scaled reverse KL, the best half of every rollout."""
-    h, d = entropy(seen.old), kl(seen.old, seen.p)
-    h = h.clamp(max=float(torch.quantile(h, 0.98)))
-    h, d = ((x - x.min()) / (x.max() - x.min()) for x in (h, d))
-    score = h + d - h * d
-    kept = torch.cat([own[score[own].topk(max(1, len(own) // 2)).indices] for own in seen.episodes])
-    return kl(seen.q, seen.p)[kept].mean()
-
-
-def scope(seen: Seen) -> Tensor:
-    """Per group: own successes by PPL_S^(1/tau), the others' reverse KL by PPL_T^(-1/tau), tau = 1."""
-
-    def path(episodes: list[int], exponent: Tensor, loss: Tensor) -> Tensor:
-        sums, tokens = [], 0
-        for group in sorted({seen.trajectories[e].group for e in episodes}):
-            mine = [e for e in episodes if seen.trajectories[e].group == group]
-            shares = torch.stack([exponent[seen.episodes[e]].mean() for e in mine]).softmax(0) * len(mine)
-            sums += [share * loss[seen.episodes[e]].sum() for share, e in zip(shares, mine, strict=True)]
-            tokens += sum(len(seen.episodes[e]) for e in mine)
-        return torch.stack(sums).sum() / tokens
-
-    right, wrong = seen.where(Outcome.SUCCESS), seen.where(Outcome.FAILURE, Outcome.UNFINISHED)
-    likelihood = path(right, -chosen(seen.old, seen.packed), -chosen(seen.q, seen.packed))
-    return likelihood + path(wrong, chosen(seen.p, seen.packed), -seen.ratio * seen.d)
-
-
-def veto(progress: float) -> Formula:
-    def formula(seen: Seen) -> Tensor:
-        beta = 0.8 * (1 - progress)
-        target = (seen.p + beta * seen.q.detach()).log_softmax(-1)
-        return torch.stack([kl(seen.q, target)[own].mean() for own in seen.episodes]).mean()
-
-    return formula
-
-
-def entropy_aware(seen: Seen) -> Tensor:
-    unsure = entropy(seen.p) > 0.8
-    assert 0.1 < float(unsure.double().mean()) < 0.9, unsure.double().mean()
-    ids = seen.p.topk(16).indices
-    head = renormalised(seen.p, ids)
-    forward = (head.exp() * (head - seen.q.gather(1, ids))).sum(-1)
-    return (clipped(seen.ratio, seen.d) + unsure * forward).mean()
-
-
-def revisiting_opd(end_ids: frozenset[int]) -> Formula:
-    def formula(seen: Seen) -> Tensor:
-        ids = seen.p.topk(32).indices
-        taught = torch.tensor([id_ not in end_ids for id_ in seen.packed.target.tolist()])
-        assert 0 < int(taught.sum()) < len(taught)
-        return kl(renormalised(seen.q, ids), renormalised(seen.p, ids))[taught].mean()
-
-    return formula
-
-
-def rethinking_opd(seen: Seen) -> Tensor:
-    ids = seen.q.topk(16).indices
-    weight = renormalised(seen.q, ids).exp()
-    advantage = (seen.p - seen.q).gather(1, ids)
-    return -((weight * advantage).detach() * seen.q.gather(1, ids)).sum(-1).mean()
-
-
-def fast_opd(seen: Seen) -> Tensor:
-    return clipped(seen.ratio, seen.d).mean()
-
-
-def paced(seen: Seen) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64)
-    for own, trajectory in zip(seen.episodes, seen.trajectories, strict=True):
-        group = [t for t in seen.trajectories if t.group == trajectory.group]
-        p = sum(t.outcome is Outcome.SUCCESS for t in group) / len(group)
-        total = total + p * (1 - p) * kl(seen.q, seen.p)[own].sum()
-    return total / len(seen.q)
-
-
-def thinking_machines(seen: Seen) -> Tensor:
-    return -(seen.ratio * seen.d).mean()
-
-
-def minillm(seen: Seen) -> Tensor:
-    """The long-term part R_(t+1), over the tokens that are left and whitened, beside the exact single step;
-    the ratio is to the mixture that sampled."""
-    advantage = torch.zeros(len(seen.q), dtype=torch.float64)
-    for own in seen.episodes:
-        d = seen.d[own].tolist()
-        for t, token in enumerate(own.tolist()):
-            later = [0.95 ** (k - t) * d[k] for k in range(t + 1, len(d))]
-            advantage[token] = sum(later) / max(len(later), 1)
-    advantage = (advantage - advantage.mean()) / advantage.std()
-    return (clipped(seen.ratio, advantage) + kl(seen.q, seen.p)).mean()
 
 
 @pytest.fixture(scope="module")
@@ -236,9 +66,10 @@ def sampling(student: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def graded(sampled: Sequence[Trajectory]) -> list[Trajectory]:
-    """The student's episodes, some groups better than others."""
-    pairs = zip(sampled, "sffussufsssf", strict=True)
-    return [dataclasses.replace(t, outcome=OUTCOMES[o], reward=float(o == "s")) for t, o in pairs]
+    """The beginnings of two groups of the student's episodes, one better than the other."""
+    pairs = zip(sampled[:8], "sffussuf", strict=True)
+    begun = ((dataclasses.replace(t, turns=t.turns[:2]), o) for t, o in pairs)
+    return [dataclasses.replace(t, outcome=OUTCOMES[o], reward=float(o == "s")) for t, o in begun]
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +77,7 @@ def mixed(student: Any, sharp: Any, desk_chat: Any) -> list[Trajectory]:
     """Episodes drawn as minillm's rollout section says."""
     share = config_of("minillm").rollout.teacher_share
     own, theirs = (sampler(one, desk_chat, temperature=T) for one in (student, sharp))
-    episodes = desk_episodes(10, max_turns=4)
+    episodes = desk_episodes(8, max_turns=3)
     return rolled(episodes, TokenMixture(own, theirs, share), desk_chat, temperature=T)
 
 
@@ -254,7 +85,7 @@ def mixed(student: Any, sharp: Any, desk_chat: Any) -> list[Trajectory]:
 def contrasted(graded: list[Trajectory], sharp: Any, desk_chat: Any) -> list[Trajectory]:
     """The student's episodes, and one of the teacher's for each group."""
     policy = sampler(sharp, desk_chat, temperature=T, actor=Actor.TEACHER)
-    theirs = rolled(desk_episodes(3, max_turns=3), policy, desk_chat, temperature=T)
+    theirs = rolled(desk_episodes(2, max_turns=2), policy, desk_chat, temperature=T)
     return [*graded, *(dataclasses.replace(t, uid=f"d{t.uid}", demonstration=True) for t in theirs)]
 
 
@@ -295,15 +126,15 @@ def case(model: Any, sampling: Any, judge: Any, desk_chat: Any) -> Callable[...,
 
 
 FORMULAS: dict[str, Formula] = {
-    "gkd": gkd,
-    "distillm": distillm,
-    "tip": tip,
-    "scope": scope,
-    "entropy_aware": entropy_aware,
-    "rethinking_opd": rethinking_opd,
-    "fast_opd": fast_opd,
-    "paced": paced,
-    "thinking_machines": thinking_machines,
+    "gkd": papers.gkd,
+    "distillm": papers.distillm,
+    "tip": papers.tip,
+    "scope": papers.scope,
+    "entropy_aware": papers.entropy_aware,
+    "rethinking_opd": papers.rethinking_opd,
+    "fast_opd": papers.fast_opd,
+    "paced": papers.paced,
+    "thinking_machines": papers.thinking_machines,
 }
 
 
@@ -315,23 +146,23 @@ def test_the_presets_are_their_formulas(name: str, case: Any, graded: list[Traje
 
 def test_minillm_is_its_formula_on_what_the_mixture_sampled(case: Any, mixed: list[Trajectory]) -> None:
     seen = case(mixed)
-    assert_same(seen.loss(preset("minillm")), seen.formula(minillm))
+    assert_same(seen.loss(preset("minillm")), seen.formula(papers.minillm), rtol=1e-5)  # float32 log-probs
 
 
 def test_distillm2_is_its_formula_on_both_texts(case: Any, contrasted: list[Trajectory]) -> None:
     seen = case(contrasted)
-    assert_same(seen.loss(preset("distillm2")), seen.formula(distillm2))
+    assert_same(seen.loss(preset("distillm2")), seen.formula(papers.distillm2))
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.25, 1.0])
 def test_veto_is_its_formula_all_the_way(progress: float, case: Any, graded: list[Trajectory]) -> None:
     seen = case(graded)
-    assert_same(seen.loss(preset("veto"), progress), seen.formula(veto(progress)))
+    assert_same(seen.loss(preset("veto"), progress), seen.formula(papers.veto(progress)))
 
 
-def test_revisiting_opd_is_its_formula(case: Any, graded: list[Trajectory], desk_chat: Any) -> None:
-    seen = case(graded)
-    assert_same(seen.loss(preset("revisiting_opd")), seen.formula(revisiting_opd(desk_chat.end_ids)))
+def test_revisiting_opd_is_its_formula(case: Any, sampled: list[Trajectory], desk_chat: Any) -> None:
+    seen = case(sampled)
+    assert_same(seen.loss(preset("revisiting_opd")), seen.formula(papers.revisiting_opd(desk_chat.end_ids)))
 
 
 def changed(name: str, *overrides: str) -> Any:
@@ -341,15 +172,15 @@ def changed(name: str, *overrides: str) -> Any:
 DISTILL = "loss.components.distill"
 # What a preset becomes at the end of its parameters: (preset, changes, another's formula, up to a factor).
 ENDS: list[tuple[str, list[str], Formula, float]] = [
-    ("gkd", ["divergence=jsd", "beta=0.3"], jsd(0.3), 1.0),
+    ("gkd", ["divergence=jsd", "beta=0.3"], papers.jsd(0.3), 1.0),
     ("gkd", ["divergence=jsd", "beta=1e-8"], lambda seen: kl(seen.p, seen.q).mean(), 1e-8),
-    ("gkd", ["divergence=jsd", "beta=0.99999999"], gkd, 1e-8),
-    ("gkd", ["denominator=episode"], gkd_by_episode, 1.0),
-    ("veto", ["geometric=0"], gkd_by_episode, 1.0),
-    ("distillm", ["alpha=1e-8"], gkd, 1.0),
-    ("paced", ["weights=[{kind: pass_rate, alpha: 0, beta: 0}]"], gkd, 1.0),
-    ("tip", ["weights=[{kind: top_tokens, share: 1}]"], gkd, 1.0),
-    ("revisiting_opd", ["k=1000", "weights=[]"], gkd, 1.0),
+    ("gkd", ["divergence=jsd", "beta=0.99999999"], papers.gkd, 1e-8),
+    ("gkd", ["denominator=episode"], papers.gkd_by_episode, 1.0),
+    ("veto", ["geometric=0"], papers.gkd_by_episode, 1.0),
+    ("distillm", ["alpha=1e-8"], papers.gkd, 1.0),
+    ("paced", ["weights=[{kind: pass_rate, alpha: 0, beta: 0}]"], papers.gkd, 1.0),
+    ("tip", ["weights=[{kind: top_tokens, share: 1}]"], papers.gkd, 1.0),
+    ("revisiting_opd", ["k=1000", "weights=[]"], papers.gkd, 1.0),
 ]  # fmt: skip
 
 
@@ -374,7 +205,7 @@ def test_of_all_tokens_the_candidates_have_the_gradient_of_the_reverse_kl(
     """Its value is a surrogate's."""
     seen = case(graded)
     value, gradient = seen.loss(changed("rethinking_opd", f"{DISTILL}.k=1000"))
-    expected = seen.formula(gkd)
+    expected = seen.formula(papers.gkd)
     assert_same((expected[0], gradient), expected)
     assert value != pytest.approx(expected[0], rel=0.1)
 
@@ -385,7 +216,7 @@ def test_an_open_gate_over_all_tokens_adds_the_whole_forward_kl(case: Any, grade
     both = changed(
         "entropy_aware", f"{forward}.k=1000", f"{forward}.weights=[{{kind: teacher_entropy, above: 0}}]"
     )
-    expected = seen.formula(lambda seen: fast_opd(seen) + kl(seen.p, seen.q).mean())
+    expected = seen.formula(lambda seen: papers.fast_opd(seen) + kl(seen.p, seen.q).mean())
     assert_same(seen.loss(both), expected)
 
 
@@ -499,7 +330,7 @@ def test_paced_takes_nothing_from_groups_that_agree(
     agreed = [dataclasses.replace(t, outcome=outcome) for t in graded[:4]]
     assert float(case(agreed).loss(preset("paced"))[1].norm()) == 0
     some = case([*agreed, *graded[4:]])
-    assert_same(some.loss(preset("paced")), some.formula(paced))
+    assert_same(some.loss(preset("paced")), some.formula(papers.paced))
 
 
 def test_fast_opd_stops_sampling_where_a_prefix_would_only_mask(
@@ -510,7 +341,7 @@ def test_fast_opd_stops_sampling_where_a_prefix_would_only_mask(
     assert schedule is not None
     assert [value_at(schedule, Clock(at, {})) for at in (0.0, 0.5, 1.0)] == [32, 272, 512]
     policy = sampler(student, desk_chat, temperature=T)
-    episodes = desk_episodes(4, max_turns=4)
+    episodes = desk_episodes(4, max_turns=3)
     whole = rolled(episodes, policy, desk_chat, temperature=T)
     limits = dataclasses.replace(LIMITS, max_action_tokens=6)
     cut = rolled(episodes, policy, desk_chat, temperature=T, limits=limits)
@@ -518,7 +349,7 @@ def test_fast_opd_stops_sampling_where_a_prefix_would_only_mask(
     assert max(lengths) == 6 < max(t.n_action_tokens for t in whole)
     assert all(t.outcome is Outcome.UNFINISHED for t in cut if t.n_action_tokens == 6)
     seen = case(cut)
-    assert_same(seen.loss(preset("fast_opd")), seen.formula(fast_opd))
+    assert_same(seen.loss(preset("fast_opd")), seen.formula(papers.fast_opd))
     masked = component(
         kind="policy", references={"teacher": {}}, weights=[{"kind": "prefix", "tokens": 6}],
         denominator="selected",

@@ -303,7 +303,7 @@ def test_inert_parts_are_named(tmp_path: Path) -> None:
     assert "Yes: 2 of 5 parts." in text
     assert "inert Corrections 0 of" in text
     assert "inert Component policy mean 1.0 % of the gradient norm" in text
-    assert "active GRPO" in text
+    assert "active Rewards" in text
 
 
 def test_seeds_are_averaged_with_t_intervals(tmp_path: Path) -> None:

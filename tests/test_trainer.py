@@ -25,6 +25,8 @@ from opd_agents.errors import (
 from opd_agents.progress import Interrupted, StopSignal
 from opd_agents.runs import checkpoints_in, latest_checkpoint
 from opd_agents.session import load_session
+from opd_agents.teachers import SampledLogprobs
+from opd_agents.teachers.local import LocalTeacher
 from opd_agents.trainer import train, train_seeds
 from opd_agents.types import Actor, Credit, Outcome, Trajectory, from_dict, to_dict
 
@@ -50,6 +52,45 @@ def test_sft_lowers_its_loss(tiny_teacher: Path) -> None:
     losses = [row["loss"] for row in tiny.metrics(tiny_teacher)]
     assert losses[-1] < losses[0] / 2
     assert all(row["rollout/success"] == 1 for row in tiny.metrics(tiny_teacher))  # the expert's
+
+
+def test_a_step_may_lack_what_the_loss_looks_for(tmp_path: Path, tiny_teacher: Path) -> None:
+    """As rejection sampling does, where no episode of a step succeeds; a loss that could never see a token is
+    refused."""
+    components = {"likelihood": {"kind": "ce", "select": {"outcome": "success"}}}
+    rollout = {"episodes_per_step": 4, "max_action_tokens": 1, **tiny.LIMITS}  # none is finished
+    short = tiny.mix(
+        tmp_path / "run", tiny_teacher, "trainer.steps=2", loss={"components": components}, rollout=rollout,
+        correction=None, teacher=None,
+    )  # fmt: skip
+    rows = tiny.metrics(train(short))
+    assert [row["rollout/unfinished"] for row in rows] == [1, 1] and not any("loss" in row for row in rows)
+    components = {"likelihood": {"kind": "ce", "select": {"actor": "expert", "outcome": "success"}}}
+    never = tiny.mix(
+        tmp_path / "never", tiny_teacher, loss={"components": components}, correction=None, teacher=None
+    )
+    with pytest.raises(ConfigError, match="no loss component selects any"):
+        train(never)
+
+
+class Speechless(LocalTeacher):
+    """Gives no token any probability."""
+
+    gives = frozenset({SampledLogprobs})
+
+    def score(self, packed: Any, max_tokens: int, keep: Any = None) -> Any:
+        return SampledLogprobs(torch.full((len(packed.target),), -math.inf))
+
+
+def test_an_infinite_divergence_stops_the_run(tmp_path: Path, tiny_teacher: Path) -> None:
+    """It has no gradient, so that the run would go on and learn nothing."""
+    distill = {"kind": "distill", "signal": "sampled"}
+    config = tiny.mix(
+        tmp_path / "run", tiny_teacher, loss={"components": {"distill": distill}}, correction=None,
+        teacher={"kind": "test_trainer:Speechless", "model": str(tiny_teacher)},
+    )  # fmt: skip
+    with pytest.raises(AlignmentError, match="infinite divergence means a token"):
+        train(config)
 
 
 def test_distillation_lowers_the_divergence(tmp_path: Path, tiny_teacher: Path) -> None:

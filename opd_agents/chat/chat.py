@@ -248,7 +248,11 @@ class Chat:
         """The token whose text this is. Raises ConfigError where it is none, or several."""
         ids = self._encode(text)
         if len(ids) != 1 or (ids[0] == self.tokenizer.unk_token_id and text != self.tokenizer.unk_token):
-            raise ConfigError(f"{text!r} is no single token of the student's tokenizer, but {ids}.")
+            pieces = " ".join(repr(self.tokenizer.decode([token])) for token in ids)
+            raise ConfigError(
+                f"{text!r} is no single token of the student's tokenizer, which reads it as {pieces}: name"
+                " one that is."
+            )
         return ids[0]
 
     def spells_control(self, text: str) -> str | None:

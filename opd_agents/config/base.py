@@ -54,6 +54,16 @@ Scheduled: TypeAlias = Annotated[float, Field(ge=0)] | Schedule
 SignedScheduled: TypeAlias = float | Schedule
 
 
+def always_zero(schedule: float | Schedule) -> bool:
+    match schedule:
+        case Adaptive():
+            return False
+        case Ramp() | Switch():
+            return schedule.start == schedule.end == 0
+        case constant:
+            return constant == 0
+
+
 def lowest(schedule: float | Schedule) -> float:
     """The least value that it may ever take."""
     match schedule:

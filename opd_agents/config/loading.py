@@ -10,19 +10,22 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib.resources
+import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from opd_agents.config.base import PLUG_IN
 from opd_agents.config.methods import method_text
 from opd_agents.config.run import RunConfig
 from opd_agents.errors import ConfigError, UnknownName
 
 INPUTS = ("model", "tokenizer", "dataset", "tasks")  # keys whose values are paths, or ids
+TYPE = re.compile(r"constrained-\w+|float|[\w-]*\[.*\]")  # as pydantic calls one of several in a place
 EXPERIMENTS = importlib.resources.files("opd_agents.configs.experiments")
 
 
@@ -147,11 +150,35 @@ def _validate(raw: Mapping[str, Any], label: str) -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(f"{label}: " + "; ".join(_explain(item) for item in error.errors())) from None
+        raise ConfigError(f"{label}: " + "; ".join(map(_explain, _relevant(error.errors())))) from None
+
+
+def _relevant(errors: Sequence[Any]) -> list[Mapping[str, Any]]:
+    """The errors; of those of a value that may be of several types, the ones as the nearest of these."""
+    places: dict[tuple[Any, ...], dict[Any, list[Mapping[str, Any]]]] = {}
+    for item in errors:
+        place = item["loc"]
+        split = _followed(place).types[:1] or [len(place)]
+        places.setdefault(place[: split[0]], {}).setdefault(place[split[0] :][:1], []).append(item)
+    return [item for types in places.values() for item in _nearest(list(types.values()))]
+
+
+def _nearest(types: Sequence[list[Mapping[str, Any]]]) -> Iterator[Mapping[str, Any]]:
+    """The errors as the type that has the fewest; all those that are as near."""
+    distances = [(any(map(_of_another_type, items)), len(items)) for items in types]
+    for distance, items in zip(distances, types, strict=True):
+        if distance == min(distances):
+            yield from items
+
+
+def _of_another_type(item: Mapping[str, Any]) -> bool:
+    """Such as a mapping where a number should be."""
+    word_asked = item["type"] in ("literal_error", "enum") and isinstance(item["input"], dict | list)
+    return word_asked or item["type"].endswith("_type")
 
 
 def _explain(item: Mapping[str, Any]) -> str:
-    keys, section = _followed(item["loc"])
+    keys, section, _ = _followed(item["loc"])
     location = ".".join(keys)
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(keys[-1], list(section.model_fields), n=1, cutoff=0.5)
@@ -160,26 +187,39 @@ def _explain(item: Mapping[str, Any]) -> str:
     if item["type"] == "union_tag_invalid":
         known = item["ctx"]["expected_tags"].replace("'", "")
         message = f"unknown kind {item['ctx']['tag']!r}; known are {known}"
+    if item["type"] == "string_pattern_mismatch" and item["ctx"]["pattern"] == PLUG_IN:
+        message = "no `module:name` of yours either"
     if item["type"] == "union_tag_not_found":
         message = "`kind` is missing"
     return f"`{location}`: {message}" if location else message
 
 
-def _followed(location: Sequence[Any]) -> tuple[list[str], type[BaseModel]]:
-    """The keys of a place as they stand in the file, and the section there. Between the keys pydantic says
-    what it has chosen among several types: a ``kind``, or a description of a type."""
+class Followed(NamedTuple):
+    """The ``keys`` of a place as they stand in the file, the ``section`` there, and where between the keys
+    pydantic says which of several ``types`` it means."""
+
+    keys: list[str]
+    section: type[BaseModel]
+    types: list[int]
+
+
+def _followed(location: Sequence[Any]) -> Followed:
     section: type[BaseModel] = RunConfig
     choices: list[type[BaseModel]] = []
-    keys = []
-    for part in map(str, location):
-        if chosen := [one for one in choices if part in _kinds(one)]:
+    keys, types, free = [], [], False
+    for index, part in enumerate(map(str, location)):
+        if not free and (chosen := [one for one in choices if part in _kinds(one)]):
             section, choices = chosen[0], []
-        elif not part.startswith(("constrained-", "tagged-union[")):
+        elif not free and (TYPE.fullmatch(part) or part in {one.__name__ for one in choices}):
+            types.append(index)
+        else:
             keys.append(part)
-            if (field := section.model_fields.get(part)) is not None:
+            field = None if free else section.model_fields.get(part)
+            free = field is not None and typing.get_origin(field.annotation) is dict  # any key comes next
+            if field is not None:
                 choices = _sections_in(field.annotation)
                 section = choices[0] if choices else section
-    return keys, section
+    return Followed(keys, section, types)
 
 
 def _kinds(section: type[BaseModel]) -> tuple[Any, ...]:

@@ -92,7 +92,7 @@ class Distill(_Component):
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "alpha", "tvd"] = (
         "reverse_kl"
     )
-    beta: float | None = Field(None, gt=0, lt=1)  # of jsd
+    beta: float | None = None  # of jsd, between 0 and 1
     alpha: float | None = Field(None, gt=0, lt=1)  # of skew_kl, skew_reverse_kl and alpha
     signal: Literal["full", "student_top_k", "teacher_top_k", "sampled"] = "full"
     k: int | None = Field(None, gt=0)  # of a top-k signal
@@ -123,6 +123,11 @@ class Distill(_Component):
         if self.ratio_clip is not None and "sampled" in (self.signal, self.tail):
             raise ValueError(
                 "`ratio_clip` with a sampled signal or tail would divide by the sampling probability twice"
+            )
+        if self.beta is not None and not 0 < self.beta < 1:
+            raise ValueError(
+                f"`beta` is {self.beta:g}, but jsd is of a beta between 0 and 1; at the ends it is 0. What it"
+                " tends to, over beta or 1 - beta, is `divergence: forward_kl` at 0 and `reverse_kl` at 1"
             )
         if self.renormalise != "none" and self.tail != "none":
             raise ValueError("`renormalise` is for a top-k signal with `tail: none`")
@@ -182,7 +187,7 @@ class RewardPart(Section):
     coef: SignedScheduled = 1.0
     baseline: Literal["group", "leave_one_out", "none"] = "group"
     normalise: Literal["std", "batch_std", "none"] = "std"
-    unfinished: Literal["scored", "masked"] = "scored"  # episodes that, or whose last action, a budget cut off
+    unfinished: Literal["scored", "masked"] = "scored"  # episodes that a budget cut off, or their last action
     gates: list[Weight] = []
 
     @model_validator(mode="after")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from opd_agents.config.base import Section
-from opd_agents.config.loss import Distill, Loss, Policy, Preference
+from opd_agents.config.base import Section, always_zero
+from opd_agents.config.loss import Component, Distill, Loss, Policy, Preference
 from opd_agents.config.needs import reference_needs, selects_of, weights_of
 from opd_agents.config.sections import (
     ChatSettings,
@@ -65,8 +65,11 @@ def _check_run(config: RunConfig) -> None:
     _models_given(config)
     if not config.loss.components:
         raise ValueError("loss.components is empty: give some, or a `method` (`opd-agents methods`)")
-    if all(component.coef == 0 for component in config.loss.components.values()):
-        raise ValueError("every loss coefficient is zero: nothing would be learned")
+    if all(_always_zero(component) for component in config.loss.components.values()):
+        raise ValueError(
+            "every loss coefficient is zero, all through the run, so that nothing would be learned: give a"
+            " component, and in a `policy` one of its `references` or `rewards`, another `coef`"
+        )
     splits = [source.split for source in config.environments]
     if isinstance(config.rollout.source, Recorded):
         splits.append(config.rollout.source.split)
@@ -80,8 +83,16 @@ def _check_run(config: RunConfig) -> None:
         )
     _references_given(config)
     _sources_fit(config)
+    _estimates_fit(config)
     _groups_fit(config)
     _conditioning_fits(config)
+
+
+def _always_zero(component: Component) -> bool:
+    if isinstance(component, Policy):
+        own = (*component.references.values(), *component.rewards.values())
+        return always_zero(component.coef) or all(always_zero(part.coef) for part in own)
+    return always_zero(component.coef)
 
 
 def _models_given(config: RunConfig) -> None:
@@ -103,7 +114,7 @@ def _references_given(config: RunConfig) -> None:
         raise ValueError(f"references.{min(reserved)}: the name is taken; call it otherwise")
     wanted = reference_needs(config.loss.components).keys()
     if config.teacher is None and (
-        "teacher" in wanted or _teacher_acts(config) or config.rollout.teacher_share
+        "teacher" in wanted or config.correction or _teacher_acts(config) or config.rollout.teacher_share
     ):
         raise ValueError("this loss, source or correction needs a `teacher: {model: PATH}`")
     if unknown := wanted - {"teacher"} - config.references.keys():
@@ -122,8 +133,7 @@ def _references_given(config: RunConfig) -> None:
 
 def _teacher_acts(config: RunConfig) -> bool:
     extra = config.rollout.demonstrations
-    demonstrates = extra is not None and extra.actor == "teacher"
-    return "teacher" in config.rollout.actors or demonstrates or config.correction is not None
+    return "teacher" in config.rollout.actors or bool(extra and extra.actor == "teacher")
 
 
 def _sources_fit(config: RunConfig) -> None:
@@ -135,15 +145,13 @@ def _sources_fit(config: RunConfig) -> None:
         )
     policies = [component for component in components.values() if isinstance(component, Policy)]
     recorded = isinstance(rollout.source, Recorded)
-    if policies and recorded:
-        raise ValueError("a `policy` component needs rollout.source: student; recordings have no log-probs")
-    others = actors != {"student"} or rollout.demonstrations is not None
+    others = recorded or actors != {"student"} or rollout.demonstrations is not None
     for component in policies if others else ():
         on_policy = component.ratio not in ("shaped", "none")
         if "student" not in actors or (on_policy and component.select.actor is not Actor.STUDENT):
             raise ValueError(
-                "a `policy` component needs rollout.source: student; where others act too it needs"
-                " `select: {actor: student}`, or `ratio: shaped` for their tokens"
+                "a `policy` component needs rollout.source: student (recordings have no log-probs); where"
+                " others act too it needs `select: {actor: student}`, or `ratio: shaped` for their tokens"
             )
     if recorded:
         _recordings_fit(config)
@@ -167,6 +175,21 @@ def _recordings_fit(config: RunConfig) -> None:
         )
 
 
+def _estimates_fit(config: RunConfig) -> None:
+    rollout, extra = config.rollout, config.rollout.demonstrations
+    recorded = isinstance(rollout.source, Recorded)
+    scripted = "expert" in rollout.actors or (extra is not None and extra.actor == "expert")
+    unsampled = [Actor.CORPUS] * recorded + [Actor.EXPERT] * scripted
+    for name, component in config.loss.components.items():
+        estimates = isinstance(component, Distill) and "sampled" in (component.signal, component.tail)
+        if estimates and unsampled and component.select.actor in (None, *unsampled):
+            raise ValueError(
+                f"loss.components.{name}: `sampled` estimates a divergence from tokens that a model drew, and"
+                f" those of the {unsampled[0]} were not: take another signal or tail, or"
+                " `select: {actor: student}`"
+            )
+
+
 def _groups_fit(config: RunConfig) -> None:
     rollout, components = config.rollout, config.loss.components.values()
     policies = [c for c in components if isinstance(c, Policy)]
@@ -176,8 +199,13 @@ def _groups_fit(config: RunConfig) -> None:
     if compared and rollout.group_size < 2 and not (extra and extra.when == "always"):
         raise ValueError("a `policy` component compares episodes: rollout.group_size must be >= 2")
     grouped = (GroupFailed, PassRate, Perplexity)
-    if rollout.group_size < 2 and any(isinstance(w, grouped) for c in components for w in weights_of(c)):
-        raise ValueError("a weight by the group's episodes needs rollout.group_size >= 2")
+    alone = rollout.group_size < 2 or not rollout.actors
+    for name, component in config.loss.components.items():
+        if alone and any(isinstance(weight, grouped) for weight in weights_of(component)):
+            raise ValueError(
+                f"loss.components.{name}: a weight by the group's episodes needs rollout.group_size >= 2, and"
+                " somebody who acts: recordings are of no group"
+            )
     if rollout.redraws and not (parts and rollout.group_size > 1):
         raise ValueError(
             "rollout.redraws replaces groups whose rewards are equal: it needs `rewards` in a `policy`"

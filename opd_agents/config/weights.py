@@ -19,6 +19,12 @@ class OutcomeWeight(Section):
     success: float = Field(1.0, ge=0)
     otherwise: float = Field(0.0, ge=0)
 
+    @model_validator(mode="after")
+    def _not_nothing(self) -> OutcomeWeight:
+        if self.success == self.otherwise == 0:
+            raise ValueError("`success` and `otherwise` are both 0, which leaves no token at all")
+        return self
+
 
 class GroupFailed(Section):
     """1 in groups none of whose episodes succeeded, 0 in others."""

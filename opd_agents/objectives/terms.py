@@ -9,12 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from opd_agents.objectives.divergence import (
-    entropy,
-    kl_terms,
-    log_distribution,
-    total,
-)
+from opd_agents.objectives.divergence import entropy, kl_terms, log_distribution, total
 from opd_agents.objectives.estimators import of_tokens
 from opd_agents.objectives.measures import Measure, measured, measured_sampled, measured_top_k
 from opd_agents.objectives.targets import (
@@ -100,7 +95,7 @@ def token_terms(
     """
     with torch.no_grad():
         vocabulary = student_head(student_hidden[:1]).shape[-1]
-    rows = len(student_hidden)
+    rows, size = len(student_hidden), max(1, chunk_elements // vocabulary)
     check_ids("action ids", action_ids, [rows], vocabulary)
     if behaviour is not None:
         check_behaviour(behaviour, [rows])
@@ -108,37 +103,42 @@ def token_terms(
         check_target(name, target, rows, vocabulary)
     for name, (reference, measure) in measures.items():
         check_measure(name, measure, reference, targets, temperature)
-
-    of_student = {temperature, *(measure.temperature_student for _, measure in measures.values())}
-    of_targets = {name: {temperature} if statistics else set() for name in targets}
-    for reference, measure in measures.values():
-        of_targets[reference].add(measure.temperature_teacher)
+    base = {temperature}
+    of_student = base | {measure.temperature_student for _, measure in measures.values()}
+    of_targets = {name: _temperatures(name, measures) | (base if statistics else set()) for name in targets}
 
     def terms(chunk: slice, hidden: Tensor) -> TokenTerms:
         ids = action_ids[chunk]
         log_q = _tempered(student_head(hidden), of_student)
         own = log_q[temperature]
         logprob = of_tokens(own, ids)
-        drawn = logprob.detach()
-        if behaviour is not None:
-            recorded = behaviour[chunk].detach()
-            drawn = torch.where(recorded.isnan(), drawn, recorded)
+        drawn = logprob.detach() if behaviour is None else _drawn(behaviour[chunk], logprob)
         known = {name: _known(target, chunk, of_targets[name]) for name, target in targets.items()}
         divergences = {
             name: _divergence(measure, log_q[measure.temperature_student], known[reference], ids, drawn)
             for name, (reference, measure) in measures.items()
         }
-        of_reference = known if statistics else {}
-        references = {name: _statistics(own, p, ids, temperature) for name, p in of_reference.items()}
+        told = known.items() if statistics else ()
+        references = {name: _statistics(own, p, ids, temperature) for name, p in told}
         return TokenTerms(logprob, entropy(own), divergences, references)
 
-    size = max(1, chunk_elements // vocabulary)
     if rows <= size:
         return terms(slice(None), student_hidden)
     chunks = [slice(start, start + size) for start in range(0, rows, size)]
     # The gradient of a split is one concatenation, that of a slice would be as long as all rows.
     parts = zip(chunks, student_hidden.split(size), strict=True)
     return _joined([checkpoint(terms, chunk, hidden, use_reentrant=False) for chunk, hidden in parts])
+
+
+def _temperatures(target: str, measures: Mapping[str, tuple[str, Measure]]) -> set[float]:
+    """Those at which measures look at a target."""
+    return {measure.temperature_teacher for name, measure in measures.values() if name == target}
+
+
+def _drawn(behaviour: Tensor, logprob: Tensor) -> Tensor:
+    """The log-probs that tokens were sampled with; the current ones where there are none."""
+    behaviour = behaviour.detach()
+    return torch.where(behaviour.isnan(), logprob.detach(), behaviour)
 
 
 _Known: TypeAlias = dict[float, Tensor] | TopKTarget | SampledTarget

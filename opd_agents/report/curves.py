@@ -22,6 +22,8 @@ def stage_charts(stages: Sequence[Run], prefix: str) -> list[Chart]:
     """The charts of one stage, run at one or several seeds; a chart without any measurement is left out."""
     losses = _names(stages, "loss/")
     shares = losses or _names(stages, "grad_share/")
+    norms = _names(stages, "grad_norm/")
+    rates = {value for stage in stages for row in stage.metrics if (value := row.get("learning_rate"))}
     spans = [("think", "c2"), ("call", "c3"), ("text", "c5")] if "think" in _spans(stages) else []
     charts = [
         Chart("Success of rollouts and in validation", _success(stages), rates=True),
@@ -29,7 +31,11 @@ def stage_charts(stages: Sequence[Run], prefix: str) -> list[Chart]:
             "KL per student token, in nats",
             _lines(
                 stages,
-                [("distill/kl", "KL", "c1"), *((f"distill/kl_{kind}", kind, c) for kind, c in spans)],
+                [
+                    ("distill/kl", "KL", "c1"),
+                    *((f"distill/kl_{kind}", kind, c) for kind, c in spans),
+                    *_each(stages, "kl/", "to {}", CYCLE[5:]),
+                ],
             ),
         ),
         Chart(
@@ -52,6 +58,20 @@ def stage_charts(stages: Sequence[Run], prefix: str) -> list[Chart]:
             note="Dotted: 5 %, below which a component counts as inert.",
         ),
         Chart(
+            "Norm of the gradient",
+            _lines(
+                stages,
+                [
+                    ("grad_norm", "all, before clipping", "c4"),
+                    *((f"grad_norm/{name}", name, colour) for name, colour in _coloured(norms) if norms[1:]),
+                ],
+            ),
+        ),
+        Chart("Parts of the advantage, root mean square", _lines(stages, _each(stages, "advantage/"))),
+        Chart("Scheduled coefficients", _lines(stages, _each(stages, "scheduled/loss.components."))),
+        Chart("Learning rate", _lines(stages, [("learning_rate", "", "c1")] if len(rates) > 1 else [])),
+        Chart("Scheduled limits of rollouts", _lines(stages, _each(stages, "scheduled/rollout."))),
+        Chart(
             "Corrections: proposed and accepted",
             _lines(
                 stages,
@@ -65,10 +85,14 @@ def stage_charts(stages: Sequence[Run], prefix: str) -> list[Chart]:
             top=0.4,
         ),
         Chart(
-            "GRPO groups",
+            "Groups whose rewards are compared",
             _lines(
                 stages,
-                [("groups/total", "all", "c4"), ("groups/nonzero", "with a non-zero advantage", "c1")],
+                [
+                    ("groups/total", "all", "c4"),
+                    ("groups/nonzero", "with a non-zero advantage", "c1"),
+                    ("groups/redrawn", "redrawn", "c5"),
+                ],
             ),
         ),
     ]
@@ -132,8 +156,16 @@ def _spans(stages: Sequence[Run]) -> list[str]:
     return [name.removesuffix("_tokens") for name in _names(stages, "rollout/")]
 
 
-def _coloured(names: Sequence[str]) -> list[tuple[str, str]]:
-    return [(name, CYCLE[i % len(CYCLE)]) for i, name in enumerate(names)]
+def _each(
+    stages: Sequence[Run], start: str, label: str = "{}", colours: Sequence[str] = CYCLE
+) -> list[tuple[str, str, str]]:
+    """(key, label, colour) of every metric whose key begins so."""
+    names = _coloured(_names(stages, start), colours)
+    return [(start + name, label.format(name), colour) for name, colour in names]
+
+
+def _coloured(names: Sequence[str], colours: Sequence[str] = CYCLE) -> list[tuple[str, str]]:
+    return [(name, colours[i % len(colours)]) for i, name in enumerate(names)]
 
 
 def _success(stages: Sequence[Run]) -> tuple[Line, ...]:
@@ -148,7 +180,8 @@ def _success(stages: Sequence[Run]) -> tuple[Line, ...]:
         if len(rows) <= MOST_POINTS and None not in low and None not in high:
             interval: Any = {"low": low, "high": high, "bars": True}
             sampled = (dataclasses.replace(sampled[0], **interval),)
-    return (*rollouts, *(dataclasses.replace(line, dashed=True) for line in greedy), *sampled)
+    shown = _lines(stages, [("demonstrations/success", "demonstrations", "c7")])
+    return (*rollouts, *shown, *(dataclasses.replace(line, dashed=True) for line in greedy), *sampled)
 
 
 def _rollout_source(config: Any) -> str:

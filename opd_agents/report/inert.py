@@ -31,7 +31,7 @@ def parts(group: Group) -> list[Part]:
             label, stages, "Corrections", "correction/proposed", "correction/accepted", "repairs accepted"
         )
         found += _total(
-            label, stages, "GRPO", "groups/total", "groups/nonzero", "groups with a non-zero advantage"
+            label, stages, "Rewards", "groups/total", "groups/nonzero", "groups with a non-zero advantage"
         )
         names = component_names(stages)
         # The only component of a stage makes its whole gradient: nothing to judge.
