@@ -16,7 +16,7 @@ def normal(seed: int, *shape: int, scale: float = 1.0) -> Tensor:
     return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def close(ours: Tensor, expected: Tensor | list[float], atol: float = 1e-13) -> None:
+def assert_close(ours: Tensor, expected: Tensor | list[float], atol: float = 1e-13) -> None:
     torch.testing.assert_close(ours, torch.as_tensor(expected, dtype=ours.dtype), rtol=1e-11, atol=atol)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.signal import lfilter
 from tabular import (
-    close,
+    assert_close,
     gradient_of,
     normal,
     reference_gradient,
@@ -83,7 +83,7 @@ def test_constant_groups_have_exactly_no_advantage(normalise: Normalise, baselin
 def test_leaving_one_out_is_the_group_mean_stretched(size: int) -> None:
     rewards, groups = normal(1, 4 * size), torch.arange(4).repeat(size)
     mean = group_advantages(rewards, groups, baseline="group", normalise="none")
-    close(
+    assert_close(
         group_advantages(rewards, groups, baseline="leave_one_out", normalise="none"),
         mean * size / (size - 1),
     )
@@ -101,7 +101,7 @@ def test_expected_gradient_is_that_of_the_mean_reward(baseline: Baseline, share:
         groups = torch.arange(all_.episodes).repeat(2)
         own = group_advantages(pairs, groups, baseline=baseline, normalise="none")[: all_.episodes]
         expected += probability[other] * all_.expected_gradient(reinforce(own[all_.episode]), student)
-    close(expected, share * gradient_of(lambda logits: -(all_.probability(logits) @ rewards), student))
+    assert_close(expected, share * gradient_of(lambda logits: -(all_.probability(logits) @ rewards), student))
 
 
 # Advantages of a reference
@@ -149,7 +149,7 @@ def test_reference_advantages_follow_the_plain_formula(
 def test_long_returns_neither_underflow_nor_explode() -> None:
     d = normal(3, 20_000)
     ours = reference_advantages(d, torch.zeros(20_000, dtype=torch.int64), discount=0.5)
-    close(ours, torch.tensor(lfilter([1.0], [1.0, -0.5], d.numpy()[::-1])[::-1].copy()))
+    assert_close(ours, torch.tensor(lfilter([1.0], [1.0, -0.5], d.numpy()[::-1])[::-1].copy()))
     half = reference_advantages(d.float(), torch.zeros(20_000, dtype=torch.int64), discount=0.5)
     assert half.dtype == torch.float32  # summed in float64 all the same
     torch.testing.assert_close(half.double(), ours, rtol=1e-6, atol=1e-6)
@@ -162,21 +162,21 @@ def kl_of_rows(student: Tensor, teacher: Tensor) -> Tensor:
 def test_without_discount_the_gradient_is_that_of_the_kl_at_every_state() -> None:
     student, teacher = tables(2, 2)
     expected = state_kl_gradient(student, teacher)
-    close(reference_gradient(student, teacher), expected)
-    close(reference_gradient(student, teacher, kl=kl_of_rows(student, teacher)), expected)
+    assert_close(reference_gradient(student, teacher), expected)
+    assert_close(reference_gradient(student, teacher, kl=kl_of_rows(student, teacher)), expected)
 
 
 def test_discount_one_gives_the_gradient_of_the_kl_of_sequences() -> None:
     student, teacher = tables(3, 2)
     expected = gradient_of(lambda logits: sequence_kl(logits, teacher), student)
-    close(reference_gradient(student, teacher, discount=1.0), expected)
+    assert_close(reference_gradient(student, teacher, discount=1.0), expected)
     assert (expected - state_kl_gradient(student, teacher)).abs().max() > 1e-2
 
 
 def test_long_term_part_and_exact_own_kl_make_up_the_kl_of_sequences() -> None:
     student, teacher = tables(4, 2)
     long_term = reference_gradient(student, teacher, discount=1.0, include_now=False)
-    close(
+    assert_close(
         long_term + state_kl_gradient(student, teacher),
         gradient_of(lambda logits: sequence_kl(logits, teacher), student),
     )
@@ -188,8 +188,8 @@ def test_closed_form_baseline_is_unbiased_and_less_noisy(discount: float) -> Non
     d, kl = all_.logprob(teacher) - all_.logprob(student), kl_of_rows(student, teacher)
     plain = reference_advantages(d, all_.episode, discount=discount)
     based = reference_advantages(d, all_.episode, discount=discount, kl=kl)
-    close(based, plain + kl)
-    close(
+    assert_close(based, plain + kl)
+    assert_close(
         all_.expected_gradient(reinforce(based), student), all_.expected_gradient(reinforce(plain), student)
     )
     probability = all_.probability(student)[all_.episode]
@@ -197,7 +197,7 @@ def test_closed_form_baseline_is_unbiased_and_less_noisy(discount: float) -> Non
     assert probability @ (d + kl).square() < probability @ d.square()
     # Baselines of later states, which follow from the token, would cancel what it causes.
     centred = reference_advantages(d + kl, all_.episode, discount=discount)
-    close(all_.expected_gradient(reinforce(centred), student), state_kl_gradient(student, teacher))
+    assert_close(all_.expected_gradient(reinforce(centred), student), state_kl_gradient(student, teacher))
 
 
 def test_reference_advantages_refuse_what_means_nothing() -> None:

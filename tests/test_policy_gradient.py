@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tabular import (
-    close,
+    assert_close,
     gradient_of,
     normal,
     sequences,
@@ -60,8 +60,8 @@ def test_values_and_gradients_of_the_ratios() -> None:
     for ratio, value, slope in stated:
         x = logprob.clone().requires_grad_()
         ours = ratio(x)
-        close(ours.detach(), value)
-        close(torch.autograd.grad(ours.sum(), x)[0], slope)
+        assert_close(ours.detach(), value)
+        assert_close(torch.autograd.grad(ours.sum(), x)[0], slope)
     smooth = (lambda x: token_ratio(x, old), stated[3][0], stated[4][0])
     assert all(torch.autograd.gradcheck(f, logprob.clone().requires_grad_()) for f in smooth)
 
@@ -89,7 +89,7 @@ def test_trrd_is_the_token_ratio_at_alpha_one_and_starts_out_clipped() -> None:
     d = torch.tensor([-0.4, -0.3, 0.0, 0.4, 0.5], dtype=torch.float64)
     current = torch.full((5,), -2.0, dtype=torch.float64)
     ratio = trrd_ratio(current, current, current + d, 0.5)
-    close(ratio, torch.exp(-0.5 * d))
+    assert_close(ratio, torch.exp(-0.5 * d))
     up = surrogate(ratio, torch.ones(5), clip_low=0.2, clip_high=0.2).clipped
     down = surrogate(ratio, -torch.ones(5), clip_low=0.2, clip_high=0.2).clipped
     assert up.tolist() == [True, False, False, False, False]
@@ -174,9 +174,9 @@ def test_unit_ratio_has_the_gradient_of_the_sequence_objective() -> None:
         ratio = unit_ratio(logprob[half], unit[half])
         result = surrogate(ratio, advantages[all_.episode][half], clip_low=low, clip_high=high)
         halves.append((result.loss / (length[all_.episode][half] * all_.episodes)).sum())
-    close(sum(halves, torch.zeros(())).detach(), objective(student))
+    assert_close(sum(halves, torch.zeros(())).detach(), objective(student))
     (gradient,) = torch.autograd.grad(halves[0] + halves[1], logits)
-    close(gradient, gradient_of(objective, student))
+    assert_close(gradient, gradient_of(objective, student))
     clipped = surrogate(unit.exp(), advantages[all_.episode], clip_low=low, clip_high=high).clipped
     assert 0 < clipped.sum() < len(clipped)
 
@@ -239,7 +239,7 @@ def test_on_policy_surrogate_has_the_gradient_of_reinforce() -> None:
         loss = lambda logits, ratio=ratio: (  # noqa: E731
             surrogate(ratio(all_.logprob(logits)), advantages, clip_low=0.2, clip_high=0.2).loss.sum()
         )
-        close(gradient_of(loss, student), expected)
+        assert_close(gradient_of(loss, student), expected)
 
 
 # Samplers whose probabilities are not quite the trainer's
@@ -249,8 +249,8 @@ def test_mismatch_weights_truncate_or_drop() -> None:
     ratios = torch.tensor([0.3, 0.5, 1.0, 2.0, 2.5], dtype=torch.float64)
     behaviour = -normal(15, 5).abs()
     old = behaviour + ratios.log()
-    close(mismatch_weights(old, behaviour, "tis", high=2.001), [0.3, 0.5, 1.0, 2.0, 2.001])
-    close(mismatch_weights(old, behaviour, "icepop", low=0.499, high=2.001), [0.0, 0.5, 1.0, 2.0, 0.0])
+    assert_close(mismatch_weights(old, behaviour, "tis", high=2.001), [0.3, 0.5, 1.0, 2.0, 2.001])
+    assert_close(mismatch_weights(old, behaviour, "icepop", low=0.499, high=2.001), [0.0, 0.5, 1.0, 2.0, 0.0])
     for kind, low, high in (
         ("tis", 0.5, 2.0),
         ("icepop", None, 2.0),
@@ -268,8 +268,8 @@ def test_mismatch_weights_undo_the_sampler_s_own_distribution() -> None:
     old, behaviour = (normal(seed, 7).log_softmax(-1) for seed in (16, 17))
     anything, ratio = normal(18, 7), (old - behaviour).exp()
     exact = mismatch_weights(old, behaviour, "tis", high=1e9) * behaviour.exp() @ anything
-    close(exact, old.exp() @ anything)
+    assert_close(exact, old.exp() @ anything)
     dropped = mismatch_weights(old, behaviour, "icepop", low=0.5, high=1.5) * behaviour.exp() @ anything
     kept = (ratio >= 0.5) & (ratio <= 1.5)
     assert 0 < kept.sum() < 7
-    close(dropped, old.exp()[kept] @ anything[kept])
+    assert_close(dropped, old.exp()[kept] @ anything[kept])

