@@ -229,7 +229,10 @@ def test_a_loss_that_cannot_work_is_refused_when_the_config_loads(
             "`loss.components.d.coef.end`: Field required; unknown key `loss.components.d.coef.ent`, did you"
             " mean `end`?",
         ),
-        (of(d=DISTILL | {"coef": [1]}), "`loss.components.d.coef`: Input should be a valid number"),
+        (
+            of(d=DISTILL | {"coef": -1}),
+            "`loss.components.d.coef`: Input should be greater than or equal to 0",
+        ),
         (
             of(p=OPD | {"references": {"teacher": {"coef": {"kind": "cosine", "start": 1}}}}),
             "`loss.components.p.references.teacher.coef.end`: Field required",

@@ -67,6 +67,27 @@ def redrawn(output: Path, teacher: Path, *overrides: str) -> RunConfig:
     return config(output, teacher, *parts, demonstrations, loss=loss, correction=None, evaluation=None)
 
 
+def beyond(output: Path, teacher: Path, *overrides: str) -> RunConfig:
+    """What looks beyond one token: pairs of episodes against a reference, the ratio of an episode, the
+    return of later tokens, whitened; where one rank has more of a group than the other. A limit that moves."""
+    pairs = {
+        "kind": "preference", "form": "dpo", "beta": 0.1, "reference": "start",
+        "chosen": {"outcome": "success"}, "rejected": {"outcome": ["failure", "unfinished"]},
+    }  # fmt: skip
+    returns = {"reference": "start", "discount": 0.9, "length_normalise": True}
+    components = {
+        "pairs": pairs,
+        "sequence": tiny.POLICY | {"ratio": "sequence"},
+        "returns": {"kind": "policy", "whiten": True, "references": {"start": returns}},
+    }
+    limit = "rollout.max_action_tokens={kind: linear, start: 6, end: 16}"
+    parts = ("rollout.episodes_per_step=9", "rollout.group_size=3", limit, *overrides)
+    loss, start = {"components": components}, {"start": {"kind": "self"}}
+    return config(
+        output, teacher, *parts, loss=loss, references=start, correction=None, teacher=None, evaluation=None
+    )
+
+
 def written(config: RunConfig) -> str:
     file = config.folder.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
@@ -105,6 +126,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
             one_episode(root / f"one_episode-{ranks}", tiny_teacher, short),
             one_episode(root / f"muon-{ranks}", tiny_teacher, *muon),
             redrawn(root / f"redrawn-{ranks}", tiny_teacher, short),
+            beyond(root / f"beyond-{ranks}", tiny_teacher, short),
         ]
 
     for alone in configs(1):
@@ -171,7 +193,7 @@ def rows(file: Path) -> list[Any]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "average", "one_episode", "redrawn"])
+@pytest.mark.parametrize("kind", ["full", "lora", "average", "one_episode", "redrawn", "beyond"])
 def test_two_processes_train_as_one(runs: Path, kind: str) -> None:
     assert_equal(runs / f"{kind}-1", runs / f"{kind}-2")
     if kind == "full":
@@ -179,6 +201,9 @@ def test_two_processes_train_as_one(runs: Path, kind: str) -> None:
         assert sum(row["correction/proposed"] for row in metrics) > 0
         assert sum(row["groups/nonzero"] for row in metrics) > 0
         assert [row for row in metrics if row.get("grad_share/verifier")]
+    if kind == "beyond":
+        norms = [row for row in tiny.metrics(runs / "beyond-2") if "grad_norm/pairs" in row]
+        assert norms and all(row["grad_norm/pairs"] > 0 and row["grad_norm/sequence"] > 0 for row in norms)
     if kind == "redrawn":
         assert sum(row["groups/redrawn"] for row in tiny.metrics(runs / "redrawn-2")) > 0
 

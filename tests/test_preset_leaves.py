@@ -52,6 +52,11 @@ SMALL: dict[Place, Any] = {  # numbers of the presets that a run of two short tu
     ("rollout", "max_action_tokens", "end"): 12,
     ("teacher", "every"): 1,
 }
+# Keys to which the rest of a preset may leave no other value: that is refused, and not without effect.
+BOUND = {
+    *("source", "actor", "kind", "weights", "sources", "reference", "trrd_reference", "both_kl_legs"),
+    *("divergence", "tail", "ratio", "mismatch", "clip_low", "clip_high", "denominator"),
+}
 STEPS = 10  # of which three are over: a third of the way, where a line and a cosine are apart
 WORD = "yes"  # one token of the student's
 
@@ -242,6 +247,7 @@ def test_every_leaf_of_a_preset_has_an_effect(
             return
 
     assert not accepted, f"none of {accepted} other values does anything else"
+    assert place[-1] in BOUND, "no other value is accepted"
 
 
 def differ(one: Seen, other: Seen) -> bool:

@@ -449,13 +449,43 @@ def test_recorded_tokens_have_a_ratio_of_one(data: Path, tmp_path: Path, tiny_te
             {"c": {"kind": "ce", "select": {"actor": "student"}}},
             "no loss component learns from rollout.source",
         ),
+        (
+            {"d": {"kind": "distill", "signal": "sampled"}},
+            "components.d: `sampled` .* of the corpus were not",
+        ),
+        (
+            {"d": {"kind": "distill", "signal": "teacher_top_k", "k": 4, "tail": "sampled"}},
+            "take another signal or tail",
+        ),
+        ({"c": {"kind": "ce", "weights": [{"kind": "pass_rate"}]}}, "components.c: .* are of no group"),
     ],
 )
 def test_losses_that_recordings_cannot_serve_are_refused(
     data: Path, tmp_path: Path, components: Mapping[str, Any], message: str
 ) -> None:
+    changes = {"loss": {"components": components}, "teacher": {"model": "any"}, "method": None}
     with pytest.raises(ConfigError, match=message):
-        config(data, tmp_path, "rollout.group_size=2", method=None, loss={"components": components})
+        config(data, tmp_path, "rollout.group_size=2", **changes)
+
+
+def test_own_episodes_are_rewarded_beside_recordings(data: Path, tmp_path: Path, tiny_teacher: Path) -> None:
+    """Supervised learning from a file and policy gradients from the student's own groups, in one loss."""
+    components = {"data": {"kind": "ce", "select": {"actor": "corpus"}}, "verifier": tiny.POLICY}
+    run = train(
+        config(
+            data, tmp_path / "run", "rollout.source.student=0.5", "rollout.group_size=2",
+            "rollout.episodes_per_step=8", "rollout.max_context_tokens=300", "rollout.max_tokens_per_turn=8",
+            method=None, loss={"components": components}, chat=tiny.BRIEF, imports=["tiny"],
+            student={"build": tiny.BUILD | {"tokenizer": str(tiny_teacher)}},
+            environments=[{"id": "tiny/Parity-v0"}],
+        )
+    )  # fmt: skip
+    rows = tiny.metrics(run)
+    assert all(row["recorded/conversations"] == row["rollout/episodes"] == 4 for row in rows)
+    assert all(row["loss/data"] > 0 and row["groups/total"] == 2 for row in rows)
+    assert any(
+        row["groups/nonzero"] and row["grad_norm/verifier"] > 0 for row in rows if "grad_norm/verifier" in row
+    )
 
 
 def test_bad_data_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:

@@ -306,6 +306,26 @@ def test_inert_parts_are_named(tmp_path: Path) -> None:
     assert "active Rewards" in text
 
 
+def test_what_a_loss_is_composed_of_is_drawn(tmp_path: Path) -> None:
+    """Coefficients, limits and the parts of an advantage, by the names of the config."""
+    keys = {
+        "Parts of the advantage": ("advantage/joint.teacher", "advantage/joint.verifier"),
+        "Scheduled: joint.coef": ("scheduled/loss.components.joint.coef",),
+        "Norm of the gradient": ("grad_norm", "grad_norm/joint", "grad_norm/other"),
+        "Most action tokens of an episode": ("scheduled/rollout.max_action_tokens",),
+        "Learning rate": ("learning_rate", "scheduled/trainer.learning_rate"),
+        "KL per student token, in nats": ("distill/kl", "kl/base"),
+    }
+    write_lines(tmp_path / "plain" / "metrics.jsonl", [{"step": i, "loss": 1.0} for i in range(3)])
+    rows = [{"step": i} | {key: 0.1 * i for some in keys.values() for key in some} for i in range(3)]
+    write_lines(tmp_path / "run" / "metrics.jsonl", rows)
+    plain, full = (page(write_report([tmp_path / name])).text for name in ("plain", "run"))
+    assert [title for title in keys if title in plain] == []
+    assert [title for title in keys if title not in full] == []
+    for label in ("joint.teacher", "joint.verifier", "other", "to base"):
+        assert label in full, label
+
+
 def test_seeds_are_averaged_with_t_intervals(tmp_path: Path) -> None:
     for seed in range(3):
         write_quickstart(tmp_path / "runs" / f"seed-{seed}", seed)

@@ -89,9 +89,9 @@ def _check_run(config: RunConfig) -> None:
 
 
 def _always_zero(component: Component) -> bool:
-    if isinstance(component, Policy):
-        own = (*component.references.values(), *component.rewards.values())
-        return always_zero(component.coef) or all(always_zero(part.coef) for part in own)
+    if isinstance(component, Policy) and not always_zero(component.coef):
+        references = [part.coef for part in component.references.values()]
+        return all(map(always_zero, references + [part.coef for part in component.rewards.values()]))
     return always_zero(component.coef)
 
 

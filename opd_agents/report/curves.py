@@ -20,83 +20,71 @@ Points = tuple[np.ndarray, np.ndarray]  # float64 [n] each: x ascending, y
 
 def stage_charts(stages: Sequence[Run], prefix: str) -> list[Chart]:
     """The charts of one stage, run at one or several seeds; a chart without any measurement is left out."""
-    losses = _names(stages, "loss/")
-    shares = losses or _names(stages, "grad_share/")
-    norms = _names(stages, "grad_norm/")
-    rates = {value for stage in stages for row in stage.metrics if (value := row.get("learning_rate"))}
+    return _drawn([*_outcome(stages), *_gradient(stages), *_schedules(stages), *_episodes(stages)], prefix)
+
+
+def _outcome(stages: Sequence[Run]) -> list[Chart]:
     spans = [("think", "c2"), ("call", "c3"), ("text", "c5")] if "think" in _spans(stages) else []
-    charts = [
+    distances = [
+        ("distill/kl", "KL", "c1"),
+        *((f"distill/kl_{kind}", kind, colour) for kind, colour in spans),
+        *_each(stages, "kl/", "to {}", CYCLE[5:]),
+    ]
+    written = [(f"rollout/{kind}_tokens", kind, colour) for kind, colour in spans]
+    return [
         Chart("Success of rollouts and in validation", _success(stages), rates=True),
+        Chart("KL per student token, in nats", _lines(stages, distances)),
+        Chart("Tokens that the model wrote in a step", _lines(stages, written)),
+    ]
+
+
+def _gradient(stages: Sequence[Run]) -> list[Chart]:
+    """Losses, gradients and advantages. The share of one component alone is all."""
+    losses, shares, norms = (_each(stages, start) for start in ("loss/", "grad_share/", "grad_norm/"))
+    whole = [("grad_norm", "all, before clipping", "c4")]
+    return [
+        Chart("Loss by component" if losses else "Loss", _lines(stages, losses or [("loss", "loss", "c1")])),
         Chart(
-            "KL per student token, in nats",
-            _lines(
-                stages,
-                [
-                    ("distill/kl", "KL", "c1"),
-                    *((f"distill/kl_{kind}", kind, c) for kind, c in spans),
-                    *_each(stages, "kl/", "to {}", CYCLE[5:]),
-                ],
-            ),
-        ),
-        Chart(
-            "Tokens that the model wrote in a step",
-            _lines(stages, [(f"rollout/{kind}_tokens", kind, colour) for kind, colour in spans]),
-        ),
-        Chart(
-            "Loss by component" if losses else "Loss",
-            _lines(stages, [(f"loss/{name}", name, colour) for name, colour in _coloured(losses)])
-            or _lines(stages, [("loss", "loss", "c1")]),
-        ),
-        Chart(
-            "Share of the gradient norm",  # of one component alone it is all
-            _lines(
-                stages,
-                [(f"grad_share/{name}", name, colour) for name, colour in _coloured(shares) if shares[1:]],
-            ),
+            "Share of the gradient norm",
+            _lines(stages, shares if shares[1:] else []),
             rates=True,
             threshold=0.05,
             note="Dotted: 5 %, below which a component counts as inert.",
         ),
-        Chart(
-            "Norm of the gradient",
-            _lines(
-                stages,
-                [
-                    ("grad_norm", "all, before clipping", "c4"),
-                    *((f"grad_norm/{name}", name, colour) for name, colour in _coloured(norms) if norms[1:]),
-                ],
-            ),
-        ),
+        Chart("Norm of the gradient", _lines(stages, whole + (norms if norms[1:] else []))),
         Chart("Parts of the advantage, root mean square", _lines(stages, _each(stages, "advantage/"))),
-        Chart("Scheduled coefficients", _lines(stages, _each(stages, "scheduled/loss.components."))),
-        Chart("Learning rate", _lines(stages, [("learning_rate", "", "c1")] if len(rates) > 1 else [])),
-        Chart("Scheduled limits of rollouts", _lines(stages, _each(stages, "scheduled/rollout."))),
+    ]
+
+
+def _schedules(stages: Sequence[Run]) -> list[Chart]:
+    coefficients = _lines(stages, _each(stages, "scheduled/loss.components."))
+    alone, rate = len(coefficients) == 1, _names(stages, "scheduled/trainer.learning_rate")
+    return [
+        Chart(f"Scheduled: {coefficients[0].label}" if alone else "Scheduled coefficients", coefficients),
+        Chart("Learning rate", _lines(stages, [("learning_rate", "", "c1")] if rate else [])),
         Chart(
-            "Corrections: proposed and accepted",
-            _lines(
-                stages,
-                [("correction/proposed", "proposed", "c4"), ("correction/accepted", "accepted", "c1")],
-            ),
+            "Most action tokens of an episode", _lines(stages, _each(stages, "scheduled/rollout.max_action"))
         ),
+    ]
+
+
+def _episodes(stages: Sequence[Run]) -> list[Chart]:
+    repairs = [("correction/proposed", "proposed", "c4"), ("correction/accepted", "accepted", "c1")]
+    groups = [
+        ("groups/total", "all", "c4"),
+        ("groups/nonzero", "with a non-zero advantage", "c1"),
+        ("groups/redrawn", "redrawn", "c5"),
+    ]
+    return [
+        Chart("Corrections: proposed and accepted", _lines(stages, repairs)),
         Chart(
             "Corrections: share of the generated tokens",
             _lines(stages, [("correction/token_share", "share of generated tokens", "c5")]),
             rates=True,
             top=0.4,
         ),
-        Chart(
-            "Groups whose rewards are compared",
-            _lines(
-                stages,
-                [
-                    ("groups/total", "all", "c4"),
-                    ("groups/nonzero", "with a non-zero advantage", "c1"),
-                    ("groups/redrawn", "redrawn", "c5"),
-                ],
-            ),
-        ),
+        Chart("Groups whose rewards are compared", _lines(stages, groups)),
     ]
-    return _drawn(charts, prefix)
 
 
 def comparison_charts(groups: Sequence[Group], prefix: str) -> list[Chart]:
@@ -160,12 +148,8 @@ def _each(
     stages: Sequence[Run], start: str, label: str = "{}", colours: Sequence[str] = CYCLE
 ) -> list[tuple[str, str, str]]:
     """(key, label, colour) of every metric whose key begins so."""
-    names = _coloured(_names(stages, start), colours)
-    return [(start + name, label.format(name), colour) for name, colour in names]
-
-
-def _coloured(names: Sequence[str], colours: Sequence[str] = CYCLE) -> list[tuple[str, str]]:
-    return [(name, colours[i % len(colours)]) for i, name in enumerate(names)]
+    names = enumerate(_names(stages, start))
+    return [(start + name, label.format(name), colours[i % len(colours)]) for i, name in names]
 
 
 def _success(stages: Sequence[Run]) -> tuple[Line, ...]:
