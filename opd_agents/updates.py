@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opd_agents.batch import EMPTY, MicroBatch, Packed
-from opd_agents.composition import selected
-from opd_agents.config import Component, Preference, Select
+from opd_agents.config import Component, Preference
 from opd_agents.config.needs import selects_of
 from opd_agents.errors import AlignmentError, ConfigError
 from opd_agents.experience import Assigned, Experience
@@ -33,7 +32,8 @@ def update(session: Session, experience: Experience, assigned: Assigned) -> dict
     gradient that is not finite.
     """
     config, components = session.config, session.config.loss.components
-    _refuse_empty(components, experience, step=session.step + 1)
+    if session.step == 0:
+        _refuse_empty(components, experience.packed)
     measured: dict[str, list[float]] = {}
     measure = session.step % config.trainer.gradient_shares_every == 0
     beyond = any(map(looks_beyond, components.values()))
@@ -61,20 +61,15 @@ def update(session: Session, experience: Experience, assigned: Assigned) -> dict
     return {key: float(np.mean(values)) for key, values in measured.items()}
 
 
-def _refuse_empty(components: Mapping[str, Component], experience: Experience, step: int) -> None:
-    """A loss that can see no token would silently train nothing. One step may lack what a loss looks for:
-    episodes of an outcome, demonstrations, repairs, anything that a teacher could tell."""
-    packed, trajectories = experience.packed, experience.trajectories
-
-    def may_select(select: Select) -> bool:
-        anyhow = select.model_copy(update={"outcome": None})
-        rare = select.source in ("correction", "demonstration")
-        return rare or bool(selected(packed, trajectories, anyhow).any())
-
-    if packed.turns and not any(may_select(s) for c in components.values() for s in selects_of(c)):
+def _refuse_empty(components: Mapping[str, Component], packed: Packed) -> None:
+    """A loss that can see no token would silently train nothing. A later step may lack what a loss looks for,
+    as may any an outcome, demonstrations, repairs, whatever a teacher could tell."""
+    spans = [select.spans for component in components.values() for select in selects_of(component)]
+    seen = (bool(packed.of_kinds(some).any()) if some else len(packed.target) > 0 for some in spans)
+    if packed.turns and not any(seen):
         raise ConfigError(
-            f"Step {step} has {len(packed.target)} action tokens, but no loss component selects any of them: "
-            f"check the `select` of {', '.join(components)} against rollout.source."
+            f"The first step has {len(packed.target)} action tokens, but no loss component selects any of"
+            f" them: check the `select.spans` of {', '.join(components)}."
         )
 
 

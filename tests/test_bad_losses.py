@@ -180,6 +180,19 @@ def weighed(*weights: Any, **changes: Any) -> dict[str, Any]:
         (of(d=DISTILL) | {"references": {"base": {"kind": "self"}}}, ["references.base: nothing"]),
         (of(d=DISTILL) | {"references": {"teacher": {"kind": "self"}}}, ["references.teacher", "taken"]),
         (of(d=DISTILL) | {"teacher": None}, ["needs a `teacher: {model: PATH}`"]),
+        # whom a component looks for
+        (
+            of(d=DISTILL, c=CE | {"select": {"actor": "expert"}}),
+            ["loss.components.c: actor `expert` would select nothing: this run has student"],
+        ),
+        (
+            of(d=DISTILL, c=CE | {"select": {"source": "correction"}}),
+            ["loss.components.c: source `correction` would select nothing: this run has rollout"],
+        ),
+        (
+            of(d=DISTILL | {"signal": "sampled"}) | {"rollout": {"source": {"student": 0.5, "expert": 0.5}}},
+            ["components.d: `sampled` estimates", "of the expert were not", "`select: {actor: student}`"],
+        ),
         # weights and their inputs
         (
             weighed({"kind": "pass_rate"}, rollout={"group_size": 1}),
@@ -296,8 +309,8 @@ def test_a_teacher_of_another_vocabulary(tmp_path: Path, tiny_teacher: Path) -> 
     ("change", "parts"),
     [
         (
-            of(c=CE | {"select": {"actor": "expert"}}),
-            ["Step 1 has", "no loss component selects any", "check the `select` of c"],
+            of(c=CE | {"select": {"spans": ["call"]}}),
+            ["The first step has", "no loss component selects any", "check the `select.spans` of c"],
         ),
         (
             of(d=DISTILL | {"coef": ADAPTIVE | {"metric": "distil/kl"}}),

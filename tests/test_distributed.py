@@ -69,7 +69,7 @@ def redrawn(output: Path, teacher: Path, *overrides: str) -> RunConfig:
 
 def beyond(output: Path, teacher: Path, *overrides: str) -> RunConfig:
     """What looks beyond one token: pairs of episodes against a reference, the ratio of an episode, the
-    return of later tokens, whitened; where one rank has more of a group than the other. A limit that moves."""
+    return of later tokens, whitened; in three groups on two ranks. A limit that moves."""
     pairs = {
         "kind": "preference", "form": "dpo", "beta": 0.1, "reference": "start",
         "chosen": {"outcome": "success"}, "rejected": {"outcome": ["failure", "unfinished"]},
@@ -82,10 +82,10 @@ def beyond(output: Path, teacher: Path, *overrides: str) -> RunConfig:
     }
     limit = "rollout.max_action_tokens={kind: linear, start: 6, end: 16}"
     parts = ("rollout.episodes_per_step=9", "rollout.group_size=3", limit, *overrides)
-    loss, start = {"components": components}, {"start": {"kind": "self"}}
     return config(
-        output, teacher, *parts, loss=loss, references=start, correction=None, teacher=None, evaluation=None
-    )
+        output, teacher, *parts, loss={"components": components}, references={"start": {"kind": "self"}},
+        student={"model": str(latest_checkpoint(teacher))}, teacher=None, correction=None, evaluation=None,
+    )  # fmt: skip
 
 
 def written(config: RunConfig) -> str:

@@ -346,7 +346,7 @@ def session(model, **trainer):
         {
             "name": "x", "student": {"model": "s"}, "teacher": {"model": "t"}, "environments": [{"id": "e"}],
             "loss": {"components": MIX}, "trainer": {"micro_batch_tokens": 300} | trainer,
-            "rollout": {"group_size": 4, "temperature": T},
+            "rollout": {"group_size": 4, "temperature": T}, "correction": {},
         }
     )  # fmt: skip
     return SimpleNamespace(

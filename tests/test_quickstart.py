@@ -24,7 +24,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_no_part_is_inert(run: Path) -> None:
     """Accepted repairs, groups with an advantage, and at least 5 % of the gradient for each component."""
     found = [part for group in read_groups([run]) for part in parts(group)]
-    assert {"Corrections", "GRPO"} <= {part.name for part in found}
+    assert {"Corrections", "Rewards"} <= {part.name for part in found}
     assert sum(part.name.startswith("Component") for part in found) == 3
     assert not [part for part in found if part.inert]
 

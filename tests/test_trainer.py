@@ -54,6 +54,17 @@ def test_sft_lowers_its_loss(tiny_teacher: Path) -> None:
     assert all(row["rollout/success"] == 1 for row in tiny.metrics(tiny_teacher))  # the expert's
 
 
+def test_a_mixture_may_lack_one_of_its_actors_in_a_step(tmp_path: Path, tiny_teacher: Path) -> None:
+    components = {"likelihood": {"kind": "ce", "select": {"actor": "expert"}}}
+    rollout = {"episodes_per_step": 1, "source": {"student": 0.9, "expert": 0.1}, **tiny.LIMITS}
+    mixture = tiny.mix(
+        tmp_path / "run", tiny_teacher, "trainer.steps=8", loss={"components": components}, rollout=rollout,
+        correction=None, teacher=None,
+    )  # fmt: skip
+    taught = ["loss" in row for row in tiny.metrics(train(mixture))]
+    assert len(taught) == 8 and {True, False} == set(taught)
+
+
 def test_a_step_may_lack_what_the_loss_looks_for(tmp_path: Path, tiny_teacher: Path) -> None:
     """As rejection sampling does, where no episode of a step succeeds; a loss that could never see a token is
     refused."""
@@ -65,7 +76,7 @@ def test_a_step_may_lack_what_the_loss_looks_for(tmp_path: Path, tiny_teacher: P
     )  # fmt: skip
     rows = tiny.metrics(train(short))
     assert [row["rollout/unfinished"] for row in rows] == [1, 1] and not any("loss" in row for row in rows)
-    components = {"likelihood": {"kind": "ce", "select": {"actor": "expert", "outcome": "success"}}}
+    components = {"likelihood": {"kind": "ce", "select": {"spans": ["call"], "outcome": "success"}}}
     never = tiny.mix(
         tmp_path / "never", tiny_teacher, loss={"components": components}, correction=None, teacher=None
     )

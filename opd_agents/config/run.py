@@ -83,6 +83,7 @@ def _check_run(config: RunConfig) -> None:
         )
     _references_given(config)
     _sources_fit(config)
+    _selects_fit(config)
     _estimates_fit(config)
     _groups_fit(config)
     _conditioning_fits(config)
@@ -157,6 +158,28 @@ def _sources_fit(config: RunConfig) -> None:
         _recordings_fit(config)
 
 
+def _selects_fit(config: RunConfig) -> None:
+    """Whoever is selected acts somewhere."""
+    rollout, extra = config.rollout, config.rollout.demonstrations
+    actors, sources = {str(actor) for actor in rollout.actors}, {"rollout"}
+    if isinstance(rollout.source, Recorded):
+        actors.add("corpus")
+    if extra is not None:
+        actors.add(extra.actor)
+        sources.add("demonstration")
+    if config.correction is not None:
+        actors |= {"student", "teacher"}
+        sources.add("correction")
+    for name, component in config.loss.components.items():
+        for select in selects_of(component):
+            for key, chosen, known in (("actor", select.actor, actors), ("source", select.source, sources)):
+                if chosen is not None and chosen not in known:
+                    raise ValueError(
+                        f"loss.components.{name}: {key} `{chosen}` would select nothing: this run has"
+                        f" {', '.join(sorted(known))} (rollout.source, rollout.demonstrations, correction)"
+                    )
+
+
 def _recordings_fit(config: RunConfig) -> None:
     components = config.loss.components
     if all(component.select.actor not in (None, Actor.CORPUS) for component in components.values()):
@@ -211,8 +234,6 @@ def _groups_fit(config: RunConfig) -> None:
             "rollout.redraws replaces groups whose rewards are equal: it needs `rewards` in a `policy`"
             " component and rollout.group_size >= 2"
         )
-    if extra is None and any(s.source == "demonstration" for c in components for s in selects_of(c)):
-        raise ValueError("`source: demonstration` selects nothing without rollout.demonstrations")
     if rollout.group_size < 2 and extra is None and any(isinstance(c, Preference) for c in components):
         raise ValueError("a `preference` compares episodes of a group: rollout.group_size must be >= 2")
     if extra and extra.when == "group_failed" and "student" not in rollout.actors:
