@@ -181,22 +181,25 @@ def calls(name: str, case: Case, gradients: Path) -> Calls:
     weight times a random vector) into the file ``gradients``. The memory is what it holds at most beyond its
     inputs and what libraries keep."""
     inputs, loss_of = make_inputs(case), CONTENDERS[name](case.beta)
-    loss = loss_of(inputs)
-    loss.backward()
-    of_hidden, of_weight = inputs.student.grad, inputs.student_weight.grad
-    assert of_hidden is not None and of_weight is not None
-    vector = torch.randn(case.hidden, generator=torch.Generator().manual_seed(1))
-    torch.save((loss.detach(), of_hidden, of_weight @ vector), gradients)
-    del loss, of_hidden, of_weight
+
+    def call() -> Tensor:
+        inputs.student.grad = inputs.student_weight.grad = None
+        loss = loss_of(inputs)
+        loss.backward()
+        return loss.detach()
+
+    loss, vector = call(), torch.randn(case.hidden, generator=torch.Generator().manual_seed(1))
+    assert inputs.student.grad is not None and inputs.student_weight.grad is not None
+    torch.save((loss, inputs.student.grad, inputs.student_weight.grad @ vector), gradients)
     inputs.student.grad = inputs.student_weight.grad = None
     ctypes.CDLL(None).malloc_trim(0)  # else what was freed, but kept for the calls to come, would not count
     before = resident("VmRSS")
     yield {}
     while True:
-        inputs.student.grad = inputs.student_weight.grad = None
+        call()  # after the others' turns a process finds its memory cold
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         started = time.perf_counter()
-        loss_of(inputs).backward()
+        call()
         seconds = time.perf_counter() - started
         yield {"seconds": seconds, "peak_mb": max(resident("VmHWM") - before, PAGE)}
 
