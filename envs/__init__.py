@@ -2,6 +2,7 @@
 
 from opd_agents.envs.actions import BadAction, format_calls, parse_action
 from opd_agents.envs.base import AgentEnv
+from opd_agents.envs.process import ProcessEnv, launch
 from opd_agents.envs.registry import describe, import_plugins, list_envs, make, register
 from opd_agents.envs.snapshots import Recording, Snapshot
 from opd_agents.envs.spaces import AnyText
@@ -11,6 +12,7 @@ __all__ = [
     "AgentEnv",
     "AnyText",
     "BadAction",
+    "ProcessEnv",
     "Recording",
     "Snapshot",
     "TaskFile",
@@ -18,6 +20,7 @@ __all__ = [
     "describe",
     "format_calls",
     "import_plugins",
+    "launch",
     "list_envs",
     "load_tasks",
     "make",

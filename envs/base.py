@@ -9,7 +9,7 @@ import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 import gymnasium
 from gymnasium.utils import seeding
@@ -28,6 +28,10 @@ from opd_agents.errors import (
 )
 from opd_agents.tools import Tool, ToolError, to_json
 from opd_agents.types import Message, Task, ToolCall, ToolSpec
+
+# main: by the rollout itself, for fast Python; thread: in a thread of its own, so that waiting for a container,
+# a server or a browser overlaps; process: in a process of its own, for slow Python and for what may crash.
+RunsIn: TypeAlias = Literal["main", "thread", "process"]
 
 
 @dataclass(slots=True)
@@ -66,6 +70,8 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
     extra: ClassVar[str | None] = None  # the optional dependency group that it needs
     licence: ClassVar[str] = "Apache-2.0"
     row_fields: ClassVar[tuple[str, ...]] = ()  # of a task file's row; none: a row selects an own task
+    runs_in: ClassVar[RunsIn] = "main"  # where a rollout steps it, see RunsIn
+    max_live: ClassVar[int | None] = None  # how many may live at once beside each other; None: any number
     text_only: ClassVar[bool] = False  # every action is a text, JSON too: for an environment without tools
 
     system_prompt: str = ""
@@ -162,9 +168,16 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
             raise ToolError(f"unknown tool {call.name!r}" + (f", did you mean {near[0]!r}?" if near else ""))
         return self._tools[call.name](call.arguments)
 
+    def details(self) -> dict[str, Any]:
+        """More for ``info``, of ``reset`` and ``step``, such as a screenshot. No policy sees it."""
+        return {}
+
     def finish(self) -> None:
         """Called by a tool or ``on_text``: the episode ends with this action."""
         self._finished = True
+
+    def abandon(self) -> None:
+        """Called from another thread when an answer did not come in time and is no longer waited for."""
 
     # ---- what everyone uses ----
 
@@ -229,6 +242,7 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
             "messages": [message],
             "system": self.system_prompt,
             "tools": self.tools,
+            **self.details(),
         }
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
@@ -248,6 +262,7 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
             "calls": reply.calls,
             "parse_error": reply.parse_error,
             "tool_error": reply.tool_error,
+            **self.details(),
         }
         reward = 0.0
         if terminated or truncated:

@@ -15,13 +15,14 @@ import gymnasium
 
 from opd_agents.envs.base import AgentEnv
 from opd_agents.envs.tasks import load_tasks
-from opd_agents.errors import EnvironmentContractError, UnknownName, UserError
+from opd_agents.errors import EnvironmentContractError, MissingPart, UnknownName, UserError
 from opd_agents.plugins import load_object
 
 GROUP = "opd_agents.envs"  # entry points: the value is a module that calls register() when imported
 LISTED_BY = "opd-agents envs"
 
 _entry_points: dict[str, str] = {}
+_imported: list[str] = []  # what import_plugins() was given, files by their whole path
 _loaded_groups: set[str] = set()
 
 
@@ -52,9 +53,7 @@ def make(id: str, *, tasks: str | Path | None = None, **kwargs: Any) -> AgentEnv
     Raises UnknownName, DataError for tasks that cannot be used, UserError for arguments that the class does
     not take or a class that cannot be imported, EnvironmentContractError if it is no AgentEnv.
     """
-    cls = _load_class(id)
-    if not issubclass(cls, AgentEnv):
-        raise EnvironmentContractError(f"{id}: {cls.__qualname__} is no opd_agents.envs.AgentEnv.")
+    cls = env_class(id)
     accepted = inspect.signature(cls.__init__).parameters
     if "tasks" in accepted:
         raise EnvironmentContractError(f"{id}: the argument `tasks` is every environment's task file.")
@@ -77,17 +76,22 @@ def list_envs() -> list[str]:
 
 
 def describe(id: str) -> dict[str, Any]:
-    """What `opd-agents envs --json` prints of one environment, as plain data."""
-    env = make(id)
+    """What `opd-agents envs --json` prints of one environment, as plain data. One whose package is not
+    installed is described without tools and splits; ``missing`` says what to install."""
+    cls = env_class(id)
+    known = {"family": cls.family, "fork_mode": cls.fork_mode, "extra": cls.extra, "licence": cls.licence}
+    try:
+        env = make(id)
+    except MissingPart as error:
+        return {"id": id, **known, "tools": [], "splits": {}, "max_turns": cls.max_turns, "missing": str(error)}
     try:
         return {
             "id": id,
-            "family": env.family,
-            "fork_mode": env.fork_mode,
+            **known,
             "tools": [tool.name for tool in env.tools],
             "splits": dict(env.split_sizes),
-            "extra": env.extra,
-            "licence": env.licence,
+            "max_turns": env.max_turns,
+            "missing": None,
         }
     finally:
         env.close()
@@ -102,9 +106,23 @@ def import_plugins(names: Iterable[str]) -> None:
     """
     for name in names:
         if name.endswith(".py"):
-            _import_file(Path(name).expanduser().resolve())
+            path = Path(name).expanduser().resolve()
+            _import_file(path)
+            name = str(path)
         else:
             _import(name, name)
+        if name not in _imported:
+            _imported.append(name)
+
+
+def imported_plugins() -> list[str]:
+    """What was imported by ``import_plugins``, for another process to import."""
+    return list(_imported)
+
+
+def registration(id: str) -> tuple[str, dict[str, Any]]:
+    """What a known ``id`` was registered with: "module:Class", and arguments for it."""
+    return _entry_points[id], dict(gymnasium.spec(id).kwargs)
 
 
 def _import_file(path: Path) -> None:
@@ -128,12 +146,15 @@ def _import(module: str, name: str) -> None:
         raise UserError(f"Plug-in {name} failed to import: {type(error).__name__}: {error}") from error
 
 
-def _load_class(id: str) -> type:
+def env_class(id: str) -> type[AgentEnv]:
+    """The class behind ``id``. Raises UnknownName, UserError and EnvironmentContractError, as ``make``."""
     if id not in _entry_points:
         _load_entry_points()
     if id not in _entry_points:
         raise UnknownName("environment", id, _entry_points, LISTED_BY)
     cls: type = load_object(_entry_points[id], id, "class")
+    if not issubclass(cls, AgentEnv):
+        raise EnvironmentContractError(f"{id}: {cls.__qualname__} is no opd_agents.envs.AgentEnv.")
     return cls
 
 
@@ -149,5 +170,7 @@ def _load_entry_points() -> None:
             warnings.warn(f"plug-in {entry.name} ({entry.value}) failed to load: {error!r}", stacklevel=2)
 
 
+register("opd_agents/LockChain-v0", "opd_agents.envs.lockchain:LockChain")
 register("opd_agents/OrderDesk-v0", "opd_agents.envs.orderdesk:OrderDesk")
 register("opd_agents/PromptTask-v0", "opd_agents.envs.prompt_task:PromptTask")
+register("opd_agents/Retrieval-v0", "opd_agents.envs.retrieval:Retrieval")

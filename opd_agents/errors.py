@@ -5,11 +5,13 @@
     |   |-- ConfigError               a config file, key, value or combination
     |   |-- UnknownName(LookupError)  an environment, method, suite, tool or policy that does not exist
     |   |-- DataError                 a file of tasks or conversations that cannot be read, or one of its rows
+    |   |-- MissingPart               an optional package or a program (Docker, a browser) that is not there
     |   |-- CheckpointError           missing, unreadable, or of another vocabulary
     |   `-- RunFolderError            the output folder holds another run, or a resume would change it
     |-- EnvironmentContractError      an environment breaks the contract (its author's mistake)
     |   |-- NotForkable               snapshot or fork asked of an environment with fork_mode "none"
     |   `-- ReplayDivergence          replayed actions did not lead to the recorded state
+    |-- EnvironmentCrashed            the process of an environment ended; its episode is lost, no other is
     `-- AlignmentError                tokens, histories, temperatures or masks do not match: refuse to train
 
 A failure inside one episode never surfaces as an exception: ``rollout.py`` records it in the trajectory.
@@ -50,6 +52,11 @@ class DataError(UserError):
     """Data of the user's that cannot be read or used; the message names the file, the row and the field."""
 
 
+class MissingPart(UserError):
+    """An optional package, or a program such as Docker or a browser, that is not there; the message says how
+    to get it."""
+
+
 class CheckpointError(UserError):
     """A checkpoint that is missing, unreadable, or does not fit the model it is used with."""
 
@@ -68,6 +75,10 @@ class NotForkable(EnvironmentContractError):
 
 class ReplayDivergence(EnvironmentContractError):
     """Replaying the recorded actions led to another state than the recorded one."""
+
+
+class EnvironmentCrashed(OpdError):
+    """The process that an environment runs in ended by itself or was killed."""
 
 
 class AlignmentError(OpdError):

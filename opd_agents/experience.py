@@ -110,7 +110,7 @@ def with_repairs(session: Session, experience: Experience) -> Experience:
         experience.trajectories, experience.packed, experience.frozen.references["teacher"].logprob, settings,
         stream=(session.config.seed, session.step),
         token_budget=share / (1 - share) * rolled_out - totals["correction_tokens"],
-        student=session.student_sampler, teacher=teacher.greedy, make=envs.make, chat=session.chat,
+        student=session.student_sampler, teacher=teacher.greedy, make=envs.launch, chat=session.chat,
         limits=session.limits, temperature=session.config.rollout.temperature, world=session.world,
     )  # fmt: skip
     branches = [repair.branch for repair in repairs if repair.branch is not None]

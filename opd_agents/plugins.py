@@ -1,13 +1,14 @@
-"""Code of the user's, named in a config as ``module:name``."""
+"""Code that is not ours: of the user's, named in a config as ``module:name``, and optional packages."""
 
 from __future__ import annotations
 
 import importlib
 import math
 from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
 from typing import Any, Literal, TypeAlias
 
-from opd_agents.errors import UserError
+from opd_agents.errors import MissingPart, UserError
 from opd_agents.types import Credit, Trajectory
 
 Reward: TypeAlias = Callable[[Trajectory], float]
@@ -37,6 +38,20 @@ def load_object(reference: str, what: str, kind: Literal["function", "class"] = 
     if not (isinstance(found, type) if kind == "class" else callable(found)):
         raise UserError(f"{what}: {reference} is no {kind} but {type(found).__name__} {found!r:.60}.")
     return found
+
+
+def need(module: str, extra: str, what: str) -> ModuleType:
+    """The module of an optional package, imported; ``what`` is who needs it, for the message.
+
+    Raises MissingPart, which names the extra to install, also where the package is there but fails to import.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingPart(
+            f"{what} needs the package {module.partition('.')[0]} ({error}). Install it with: "
+            f"pip install 'opd-agents[{extra}]'"
+        ) from error
 
 
 def load_reward(reference: str, key: str) -> Reward:

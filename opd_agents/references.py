@@ -43,7 +43,11 @@ class References:
         self.needs = needs_of(config)
         self.teachers: dict[str, Teacher] = {}
         self.conditioners: dict[str, Conditioner] = {}
-        limits = Limits(max_turns=config.rollout.max_turns, step_timeout=config.rollout.step_timeout)
+        rollout = config.rollout
+        limits = Limits(
+            max_turns=rollout.max_turns, step_timeout=rollout.step_timeout,
+            episode_timeout=rollout.episode_timeout, max_live=rollout.max_live,
+        )  # fmt: skip
         for name, settings in settings_of(config).items():
             if settings.conditioning is not None:
                 self.conditioners[name] = Conditioner(settings.conditioning, chat, limits)

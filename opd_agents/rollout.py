@@ -1,33 +1,32 @@
 """Environments x policies -> trajectories. The only place where a failure becomes data.
 
-All episodes of a call advance turn by turn in lock-step: one ``policy.act`` for all that are live, one
-``env.step`` each. An environment that raises or exceeds ``step_timeout`` ends its own episode with
-``Outcome.ERROR``; the others go on.
+The live episodes of a call advance turn by turn in lock-step: one ``policy.act`` for all of them, one
+``env.step`` each, side by side where the environments run in threads or processes. Episodes whose environment
+may have only so many live (``max_live``) begin as others end. An environment that raises or is too slow ends
+its own episode with ``Outcome.ERROR``; the others go on.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-import threading
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
-from queue import SimpleQueue
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple
 
 from opd_agents.chat import Chat
-from opd_agents.envs import AgentEnv
-from opd_agents.errors import AlignmentError, ConfigError
+from opd_agents.envs import AgentEnv, Snapshot
+from opd_agents.errors import AlignmentError, ConfigError, OpdError
+from opd_agents.hosting import Host, Pending
 from opd_agents.policies.base import Action, History, Policy
 from opd_agents.types import Branch, Message, Outcome, Span, StopReason, Task, ToolCall, Trajectory, Turn
-
-R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """An episode to be rolled out. With ``start`` it branches off a live environment."""
+    """An episode to be rolled out. With ``start`` it branches off another."""
 
     uid: str
     env_id: str
@@ -42,10 +41,11 @@ class Episode:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A branch point: ``env`` stands after ``turns`` (inherited, weight 0) and takes ``action`` first, for
-    which ``context_ids`` and ``starts_segment`` are as in its Turn."""
+    """A branch point: the environment is restored to ``saved``, which is after ``turns`` (inherited, weight
+    0), its noise drawn afresh from the episode's seed, and takes ``action`` first, for which ``context_ids``
+    and ``starts_segment`` are as in its Turn."""
 
-    env: AgentEnv
+    saved: Snapshot
     branch: Branch
     turns: tuple[Turn, ...]
     opening: tuple[Message, ...]
@@ -56,7 +56,11 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Budgets; ``max_turns`` and ``step_timeout`` (seconds) of None leave it to the environment.
+    """Budgets; ``max_turns``, ``max_live`` and the time-outs of None leave it to the environment.
+
+    ``step_timeout`` and ``episode_timeout`` are seconds of wall clock that the environment may take for one
+    step, and for all of them and the reset together. ``max_live`` is how many environments of one id may live
+    at once.
 
     ``max_action_tokens`` bounds the ids of all of an episode's actions together, those that a branch inherits
     and those that a rule put there included. An action that is written token by token is cut there; one that
@@ -69,6 +73,8 @@ class Limits:
     step_timeout: float | None = None
     max_observation_tokens: int = 2048
     max_action_tokens: int | None = None
+    episode_timeout: float | None = None
+    max_live: int | None = None
 
     def action_room(self, turns: Sequence[Turn]) -> int:
         """Tokens that the actions after ``turns`` may still have."""
@@ -76,34 +82,8 @@ class Limits:
         return sys.maxsize if most is None else most - sum(len(turn.action_ids) for turn in turns)
 
 
-class _Worker:
-    """One thread for one environment: a browser's objects must stay in the thread that made them. It is a
-    daemon, so that an environment that hangs for ever does not keep the program from ending."""
-
-    def __init__(self) -> None:
-        self._jobs: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def submit(self, function: Callable[[], R]) -> Future[R]:
-        future: Future[R] = Future()
-        self._jobs.put((future, function))
-        return future
-
-    def stop(self) -> None:
-        """End the thread after the work that it has."""
-        self._jobs.put(None)
-
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            future, function = job
-            try:
-                future.set_result(function())
-            except BaseException as error:  # raised again where the result is asked for
-                future.set_exception(error)
-
-
 class _Live:
-    """One running episode."""
+    """One episode: made, begun, then stepped until it has an outcome."""
 
     def __init__(
         self, episode: Episode, make: Callable[..., AgentEnv], chat: Chat | None, limits: Limits
@@ -118,32 +98,42 @@ class _Live:
         self.outcome: Outcome | None = None
         self.exhausted: str | None = None
         self.error: str | None = None
-        self.env: AgentEnv = None  # type: ignore[assignment]  # until it is made, which may fail
         self.digest = ""
-        self._worker = _Worker() if limits.step_timeout else None
-        self._guard(lambda: self._begin(make))
+        self.host = Host(limits.step_timeout, limits.episode_timeout)
+        self._guard(lambda: self.host.make(lambda: make(episode.env_id, **episode.env_kwargs)))
 
-    def _begin(self, make: Callable[..., AgentEnv]) -> None:
-        episode = self.episode
-        if episode.start is not None:
-            self._continue(episode.start)
-            return
-        self.env = self._call(lambda: make(episode.env_id, **episode.env_kwargs))
+    @property
+    def env(self) -> AgentEnv:
+        assert self.host.env is not None  # a failure to make it has ended the episode
+        return self.host.env
+
+    def begin(self) -> Callable[[], None]:
+        """Begin to reset or restore the environment; what is returned waits for it."""
+        episode, env = self.episode, self.env
+        if (start := episode.start) is not None:
+            saved, seed = start.saved, episode.seed
+            restoring = self.host.submit(lambda: env.restore(saved, reseed=seed))
+            return lambda: self._guard(lambda: self._continue(start, restoring))
         options = {"task_id": episode.task.id, "split": episode.task.split}
-        _, info = self._call(lambda: self.env.reset(seed=episode.seed, options=options))
+        resetting = self.host.submit(lambda: env.reset(seed=episode.seed, options=options))
+        return lambda: self._guard(lambda: self._open(resetting))
+
+    def _open(self, resetting: Pending[tuple[str, dict[str, Any]]]) -> None:
+        _, info = self.host.result(resetting)
         self.opening = (Message("system", info["system"]), *info["messages"])
         if self.chat:
             self._append(self.chat.prompt_ids(info["messages"], info["tools"], info["system"]))
 
-    def _continue(self, start: Start) -> None:
-        self.env, self.turns, self.opening = start.env, list(start.turns), start.opening
+    def _continue(self, start: Start, restoring: Pending[None]) -> None:
+        self.host.result(restoring)
+        self.turns, self.opening = list(start.turns), start.opening
         if self.chat and self.chat.history == "template":
             for turn in start.turns:
                 self._remember(turn, self.chat)
         self.ids = () if start.starts_segment else segment_ids(self.turns)
         self.starts_segment = start.starts_segment
         self._append(start.context_ids)
-        self._step(start.action)
+        self._answer(*self._take(start.action))
 
     def _append(self, ids: tuple[int, ...]) -> None:
         self.context = ids
@@ -191,40 +181,37 @@ class _Live:
             self.outcome, self.exhausted = Outcome.UNFINISHED, "actions"
         return self.outcome is not None
 
-    def step(self, action: Action) -> None:
-        self._guard(lambda: self._step(action))
+    def step(self, action: Action) -> Callable[[], None]:
+        """Begin to take ``action``; what is returned waits for the environment's answer."""
+        taken: list[tuple[_Said, Pending[_Answer]]] = []
+        self._guard(lambda: taken.append(self._take(action)))
+        return lambda: self._guard(lambda: self._answer(*taken[0])) if taken else None
 
-    def _step(self, action: Action) -> None:
+    def _take(self, action: Action) -> tuple[_Said, Pending[_Answer]]:
+        if action.failure is not None:
+            raise OpdError(action.failure)
         if action.stop_reason is StopReason.LENGTH:
             if len(self.ids) + len(action.ids) >= self.limits.max_context_tokens:
                 action = dataclasses.replace(action, stop_reason=StopReason.CONTEXT)
             elif len(action.ids) >= self.limits.action_room(self.turns):
                 action = dataclasses.replace(action, stop_reason=StopReason.ACTIONS)
         after = self.turns[-1].messages[-1:] if self.turns else ()
-        turn, success = execute(
-            self.env, self.chat, action, self.context, starts_segment=self.starts_segment,
-            after=after[0].role if after else "user", limits=self.limits, call=self._call,
-        )  # fmt: skip
+        env = self.env
+        said = _read(env, self.chat, action, self.context, after=after[0].role if after else "user")
+        return said, self.host.submit(lambda: _Answer(env.state_digest(), *env.step(said.to_env)))
+
+    def _answer(self, said: _Said, pending: Pending[_Answer]) -> None:
+        answer = self.host.result(pending)
+        turn = _turn(said, answer, self.chat, self.context, self.starts_segment, self.limits)
         self.turns.append(turn)
         self.ids += turn.action_ids
         if turn.terminated or turn.truncated:
-            self.outcome = _outcome(turn, success)
+            self.outcome = _outcome(turn, answer.info.get("success", False))
             self.exhausted = "turns" if self.outcome is Outcome.UNFINISHED else None
             if turn.stop_reason is StopReason.ACTIONS and self.outcome is not Outcome.SUCCESS:
                 self.outcome, self.exhausted = Outcome.UNFINISHED, "actions"  # the environment judged a piece
         elif self.chat:
             self._answered(turn, self.chat)
-
-    def _call(self, function: Callable[[], R]) -> R:
-        if self._worker is None:
-            return function()
-        future = self._worker.submit(function)
-        try:
-            return future.result(self.limits.step_timeout)
-        except TimeoutError:
-            if future.done():  # the environment's own
-                raise
-            raise TimeoutError(f"no answer within {self.limits.step_timeout} s") from None
 
     def _guard(self, function: Callable[[], None]) -> None:
         try:
@@ -239,10 +226,7 @@ class _Live:
         """Close the environment; returns what the episode was."""
         if self.outcome is not Outcome.ERROR:
             self._guard(self._read_digest)
-        if self.env is not None:
-            self._guard(self._close)
-        if self._worker is not None:
-            self._worker.stop()
+        self._guard(self.host.close)
         episode = self.episode
         return Trajectory(
             uid=episode.uid, env_id=episode.env_id, env_kwargs=dict(episode.env_kwargs), seed=episode.seed,
@@ -253,13 +237,7 @@ class _Live:
         )  # fmt: skip
 
     def _read_digest(self) -> None:
-        self.digest = self._call(self.env.state_digest)
-
-    def _close(self) -> None:
-        if self._worker is not None and self.outcome is Outcome.ERROR:
-            self._worker.submit(self.env.close)  # after whatever still hangs there, so it is not waited for
-        else:
-            self._call(self.env.close)
+        self.digest = self.host.call(self.env.state_digest)
 
 
 def _ended(reason: StopReason) -> bool:
@@ -278,47 +256,63 @@ def segment_ids(turns: Sequence[Turn]) -> tuple[int, ...]:
     return tuple(i for turn in turns[start:] for i in (*turn.context_ids, *turn.action_ids))
 
 
-def execute(
-    env: AgentEnv,
-    chat: Chat | None,
-    action: Action,
-    context_ids: tuple[int, ...],
-    *,
-    starts_segment: bool,
-    after: str,
-    limits: Limits,
-    call: Callable[[Callable[[], Any]], Any],
-) -> tuple[Turn, bool]:
-    """Take one action in ``env``, by ``call``; returns the turn and success. ``after`` is the role of the
-    message before the action."""
-    ids, error = action.ids, None
-    spans: tuple[Span, ...] = ()
-    text = to_env = action.text or ""
-    if ids and chat:
+class _Said(NamedTuple):
+    """An action as it is recorded, and as the environment gets it."""
+
+    action: Action
+    ids: tuple[int, ...]
+    text: str
+    to_env: str
+    error: str | None
+    spans: tuple[Span, ...]
+
+
+class _Answer(NamedTuple):
+    """The digest before a step, and what the step gave."""
+
+    digest: str
+    observation: str
+    reward: float
+    terminated: bool
+    truncated: bool
+    info: dict[str, Any]
+
+
+def _read(
+    env: AgentEnv, chat: Chat | None, action: Action, context_ids: tuple[int, ...], *, after: str
+) -> _Said:
+    """``after`` is the role of the message before the action."""
+    text = action.text or ""
+    if not chat:
+        return _Said(action, action.ids, text, text, None, ())
+    tools, text_only = env.tools, env.text_only
+    if action.ids:
         parsed = chat.parse(
-            ids, ended=_ended(action.stop_reason), context_ids=context_ids, tools=env.tools,
-            forced=action.forced, text_only=env.text_only,
+            action.ids, ended=_ended(action.stop_reason), context_ids=context_ids, tools=tools,
+            forced=action.forced, text_only=text_only,
         )  # fmt: skip
-        text, to_env, error, spans = parsed.text, parsed.action, parsed.error, parsed.spans
-    elif chat:
-        text_only = env.text_only
-        ids = chat.encode_action(to_env, after=after, tools=env.tools, text_only=text_only)
-        spans = chat.parse(
-            ids, ended=True, context_ids=context_ids, tools=env.tools, text_only=text_only
-        ).spans
-    digest = call(env.state_digest)
-    observation, reward, terminated, truncated, info = call(lambda: env.step(to_env))
+        return _Said(action, action.ids, parsed.text, parsed.action, parsed.error, parsed.spans)
+    ids = chat.encode_action(text, after=after, tools=tools, text_only=text_only)
+    spans = chat.parse(ids, ended=True, context_ids=context_ids, tools=tools, text_only=text_only).spans
+    return _Said(action, ids, text, text, None, spans)
+
+
+def _turn(
+    said: _Said, answer: _Answer, chat: Chat | None, context_ids: tuple[int, ...], starts_segment: bool,
+    limits: Limits,
+) -> Turn:  # fmt: skip
+    action, info, observation = said.action, answer.info, answer.observation
     messages = tuple(info["messages"])
     if chat and (shown := chat.cut(messages, limits.max_observation_tokens)) != messages:
         messages, observation = shown, "\n".join(message.content for message in shown)
-    turn = Turn(
-        context_ids=context_ids, action_ids=ids, logprobs=action.logprobs, actor=action.actor,
-        policy_version=action.policy_version, text=text, action=to_env, observation=observation,
-        reward=float(reward), terminated=terminated, truncated=truncated, stop_reason=action.stop_reason,
-        state_digest=digest, calls=info["calls"], parse_error=error or info["parse_error"],
-        tool_error=info["tool_error"], spans=spans, starts_segment=starts_segment, messages=messages,
+    return Turn(
+        context_ids=context_ids, action_ids=said.ids, logprobs=action.logprobs, actor=action.actor,
+        policy_version=action.policy_version, text=said.text, action=said.to_env, observation=observation,
+        reward=float(answer.reward), terminated=answer.terminated, truncated=answer.truncated,
+        stop_reason=action.stop_reason, state_digest=answer.digest, calls=info["calls"],
+        parse_error=said.error or info["parse_error"], tool_error=info["tool_error"], spans=said.spans,
+        starts_segment=starts_segment, messages=messages,
     )  # fmt: skip
-    return turn, info.get("success", False)
 
 
 def check_conversation(
@@ -331,6 +325,8 @@ def check_conversation(
     """
     live = _Live(episode, make, chat, limits)
     try:
+        if live.outcome is None:
+            live.begin()()
         if live.outcome is None:
             chat.suffix_ids([Message("user", "-")], ended=True)
             for tool in live.env.tools[:1]:
@@ -360,17 +356,41 @@ def rollout(
 
     ``temperature`` is recorded with each trajectory. ``on_finished`` is called once per episode as it ends.
     """
-    live = [_Live(episode, make, chat, limits) for episode in episodes]
+    waiting = deque(_Live(episode, make, chat, limits) for episode in episodes)
+    running: list[_Live] = []
     results: dict[str, Trajectory] = {}
-    running = live
-    while running:
+    while waiting or running:
+        fresh = _admitted(waiting, running, limits.max_live)
+        _together([one.begin for one in fresh if one.outcome is None])
+        running += fresh
         for one in running:
             if one.outcome is not None or one.over_budget():
                 results[one.episode.uid] = one.finish(temperature)
                 on_finished(results[one.episode.uid])
+        ended = len(running)
         running = [one for one in running if one.outcome is None]
-        for one, action in zip(
-            running, policy.act([one.history() for one in running]) if running else [], strict=True
-        ):
-            one.step(action)
+        if waiting and len(running) < ended:
+            continue  # there may be room for more
+        actions = policy.act([one.history() for one in running]) if running else []
+        _together([partial(one.step, action) for one, action in zip(running, actions, strict=True)])
     return [results[episode.uid] for episode in episodes]
+
+
+def _admitted(waiting: deque[_Live], running: Sequence[_Live], max_live: int | None) -> list[_Live]:
+    """Those of ``waiting``, taken out, that may begin beside ``running``, first come, first served."""
+    live = Counter(one.episode.env_id for one in running)
+    fresh: list[_Live] = []
+    for one in [waiting.popleft() for _ in range(len(waiting))]:
+        most = one.outcome is None and (max_live or one.env.max_live)  # one that could not be made just ends
+        if most and live[one.episode.env_id] >= most:
+            waiting.append(one)
+            continue
+        live[one.episode.env_id] += 1
+        fresh.append(one)
+    return fresh
+
+
+def _together(begin: Sequence[Callable[[], Callable[[], None]]]) -> None:
+    """Begin all, then wait for each."""
+    for wait in [one() for one in begin]:
+        wait()

@@ -105,6 +105,7 @@ class Session:
         return Limits(
             rollout.max_tokens_per_turn, rollout.max_context_tokens, rollout.max_turns, rollout.step_timeout,
             rollout.max_observation_tokens, None if most is None else int(value_at(most, self.clock)),
+            rollout.episode_timeout, rollout.max_live,
         )  # fmt: skip
 
     @property
@@ -294,7 +295,7 @@ def _check_conversations(session: Session) -> None:
     for episode in draw_episodes(session.config, 0, session.task_counts):
         first.setdefault(to_json([episode.env_id, episode.env_kwargs]), episode)
     for episode in first.values():
-        check_conversation(episode, make=envs.make, chat=session.chat, limits=session.limits)
+        check_conversation(episode, make=envs.launch, chat=session.chat, limits=session.limits)
     session.references.check(first.values())
 
 

@@ -83,7 +83,7 @@ def _expert_texts(config: RunConfig) -> list[str]:
     draw = config.model_copy(update={"rollout": config.rollout.model_copy(update=many)})
     episodes = draw_episodes(draw, 0, sizes)
     trajectories = rollout(
-        episodes, ExpertPolicy(), make=envs.make, chat=None, limits=Limits(), temperature=1.0
+        episodes, ExpertPolicy(), make=envs.launch, chat=None, limits=Limits(), temperature=1.0
     )
     prompts = [m.content for t in trajectories for m in t.messages if m.role == "user"]
     return prompts + [x for t in trajectories for turn in t.turns for x in (turn.action, turn.observation)]

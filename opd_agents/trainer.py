@@ -144,7 +144,7 @@ def train_step(session: Session) -> dict[str, Any]:
     """One rollout batch and its updates; returns the step's metrics."""
     started, before, config = time.perf_counter(), dict(session.totals), session.config
     play = partial(
-        rollout, make=envs.make, chat=session.chat, limits=session.limits,
+        rollout, make=envs.launch, chat=session.chat, limits=session.limits,
         temperature=config.rollout.temperature,
     )  # fmt: skip
     played = play_step(

@@ -21,7 +21,7 @@ LAYERS = (
     ("envs", "testing"),
     ("chat",),
     ("policies",),
-    ("rollout", "recordings", "batch", "distributed", "sharding"),
+    ("hosting", "rollout", "recordings", "batch", "distributed", "sharding"),
     ("teachers",),
     ("correction", "frozen", "weighting", "composition", "credit", "objectives"),
     (

@@ -99,7 +99,8 @@ def test_entry_points_that_lead_nowhere_are_explained(clean: None) -> None:
 
 def test_describe_is_plain_data() -> None:
     about = describe("opd_agents/OrderDesk-v0")
-    assert list(about) == ["id", "family", "fork_mode", "tools", "splits", "extra", "licence"]
+    keys = {"id", "family", "fork_mode", "tools", "splits", "extra", "licence", "max_turns", "missing"}
+    assert set(about) == keys and about["missing"] is None
     assert about["splits"] == {"train": 1_000_000, "validation": 10_000, "test": 10_000}
     assert about["fork_mode"] == "snapshot" and "refund_order" in about["tools"] and about["extra"] is None
 

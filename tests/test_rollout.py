@@ -15,8 +15,8 @@ from opd_agents import envs
 from opd_agents.batch import pack
 from opd_agents.errors import AlignmentError
 from opd_agents.policies import Action, ExpertPolicy, MixturePolicy, RandomPolicy
-from opd_agents.rollout import Episode, rollout
-from opd_agents.types import Actor, Message, Outcome, SpanKind, StopReason, Task
+from opd_agents.rollout import Episode, Limits, Start, rollout
+from opd_agents.types import Actor, Branch, Message, Outcome, SpanKind, StopReason, Task
 
 ADD = '{"name":"add","arguments":{"number":1}}'
 STOP = '{"name":"stop","arguments":{}}'
@@ -417,3 +417,110 @@ def test_what_the_environment_says_of_a_piece(most, outcome, exhausted, monkeypa
     (one,) = rolled([counter("a")], Cut(), chat, limits=limits, make=lambda id, **options: Talk())
     assert (one.outcome, one.exhausted) == (outcome, exhausted)
     assert one.turns[0].stop_reason is (StopReason.END if most == 20 else StopReason.ACTIONS)
+
+
+class Waiting(Counter):
+    """A counter in a thread of its own, at most ``most`` of them at once; it notes how many live and step."""
+
+    runs_in: ClassVar = "thread"
+    live: ClassVar[set] = set()
+    peak: ClassVar[int] = 0
+    meeting: ClassVar[threading.Barrier | None] = None
+
+    def begin(self, task: Task) -> str:
+        Waiting.live.add(self)
+        Waiting.peak = max(Waiting.peak, len(Waiting.live))
+        return super().begin(task)
+
+    def step(self, action):
+        if self.meeting is not None:
+            self.meeting.wait(10)  # raises unless all are in step() at the same time
+        return super().step(action)
+
+    def close(self) -> None:
+        Waiting.live.discard(self)
+
+
+class FewAtOnce(Waiting):
+    max_live: ClassVar = 2
+
+
+@pytest.fixture
+def fresh_waiting():
+    Waiting.live, Waiting.peak, Waiting.meeting = set(), 0, None
+
+
+@pytest.mark.usefixtures("fresh_waiting")
+def test_environments_in_threads_step_side_by_side():
+    Waiting.meeting = threading.Barrier(5)
+    episodes = [counter(str(i)) for i in range(5)]
+    played = rollout(episodes, SOLVE, make=lambda id: Waiting(), chat=None, limits=LIMITS, temperature=1.0)
+    assert all(t.success for t in played) and Waiting.peak == 5
+
+
+@pytest.mark.usefixtures("fresh_waiting")
+@pytest.mark.parametrize(
+    ("cls", "limits", "most"), [(FewAtOnce, LIMITS, 2), (Waiting, Limits(max_live=3), 3)]
+)
+def test_no_more_environments_live_than_may(cls, limits, most):
+    uids = [str(i) for i in range(7)]
+    ended = []
+    played = rollout(
+        [counter(uid, task="0" if int(uid) % 2 else "1") for uid in uids],
+        Scripted(lambda h: ADD if len(h.messages) - 2 < 3 + (int(h.uid) + 1) % 2 else STOP),
+        make=lambda id: cls(), chat=None, limits=limits, temperature=1.0,
+        on_finished=lambda t: ended.append(t.uid),
+    )  # fmt: skip
+    assert [t.uid for t in played] == uids and all(t.success for t in played)
+    assert Waiting.peak == most and not Waiting.live and sorted(ended) == uids
+
+
+def test_what_an_episode_takes_in_all_is_bounded():
+    class Slow(Counter):
+        def step(self, action):
+            time.sleep(0.15)
+            return super().step(action)
+
+    def play(uid, cls, **limits):
+        return rollout(
+            [counter(uid)], SOLVE, make=lambda id: cls(), chat=None, limits=Limits(**limits), temperature=1.0
+        )[0]
+
+    slow = play("a", Slow, episode_timeout=0.4)
+    assert slow.outcome is Outcome.ERROR and len(slow.turns) == 2
+    assert slow.error == "TimeoutError: the environment took more than 0.4 s in this episode"
+    assert play("b", Slow, episode_timeout=5.0, step_timeout=1.0).success
+    assert play("c", Slow, step_timeout=0.4).success
+
+
+def test_a_policy_without_an_action_ends_that_episode():
+    class Broken:
+        def act(self, histories):
+            failure = "the server is gone"
+            return [
+                Action(Actor.TEACHER, StopReason.END, failure=failure) if h.uid == "a" else one
+                for h, one in zip(histories, SOLVE.act(histories), strict=True)
+            ]
+
+    a, b = count([counter("a"), counter("b")], Broken())
+    assert a.error == "OpdError: the server is gone" and a.outcome is Outcome.ERROR and not a.turns
+    assert b.success
+
+
+def test_a_branch_begins_within_the_time_outs():
+    first = Watched()
+    first.reset(seed=0, options={"task_id": "0", "split": "train"})
+    action = Action(Actor.EXPERT, StopReason.END, text=ADD)
+    start = Start(first.snapshot(), Branch("a", 0), (), (), (), True, action)
+    rest = Scripted(lambda history: ADD if len(history.messages) < 3 else STOP)
+
+    class Stuck(Watched):
+        def restore(self, saved, reseed=None):
+            self.stuck.wait(20)
+
+    for cls, outcome in ((Watched, Outcome.SUCCESS), (Stuck, Outcome.ERROR)):
+        (one,) = rollout(
+            [dataclasses.replace(counter("b"), start=start)], rest,
+            make=lambda id, cls=cls: cls(), chat=None, limits=TIMED, temperature=1.0,
+        )  # fmt: skip
+        assert one.outcome is outcome

@@ -1,9 +1,12 @@
 """Small environments that tests share."""
 
+import json
+import os
+import time
 from typing import Any, ClassVar
 
 from opd_agents.envs import AgentEnv
-from opd_agents.tools import ToolError
+from opd_agents.tools import Tool, ToolError
 from opd_agents.types import Task
 
 
@@ -62,3 +65,40 @@ class ReplayedCounter(Counter):
 
     def digest_text(self) -> str:
         return f"{self.value}/{self.target}"
+
+
+class ProcessCounter(Counter):
+    """The same in a process of its own, which its tools may end or block."""
+
+    runs_in: ClassVar = "process"
+    has_expert: ClassVar = True
+
+    def __init__(self, offset: int = 3) -> None:
+        super().__init__(offset)
+        self._tools |= {tool.spec.name: tool for tool in map(Tool.from_function, [self.die, self.hang])}
+
+    def die(self) -> str:
+        """End the process, as a fault of a library in C does."""
+        os._exit(9)
+
+    def hang(self) -> str:
+        """Never answer."""
+        time.sleep(3600)
+        return ""
+
+    def step(self, action: str) -> Any:
+        if action == "raise":
+            raise Unpicklable(lambda: None)
+        return super().step(action)
+
+    def success(self) -> float | bool:
+        return self.value == self.target
+
+    def expert_action(self) -> str:
+        if self.value == self.target:
+            return '{"name":"stop","arguments":{}}'
+        return json.dumps({"name": "add", "arguments": {"number": self.target - self.value}})
+
+
+class Unpicklable(Exception):
+    pass

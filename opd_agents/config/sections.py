@@ -155,6 +155,8 @@ class Rollout(Section):
     max_context_tokens: int = Field(8192, gt=0)
     max_observation_tokens: int = Field(2048, gt=0)  # of one turn; the middle of what is longer is cut out
     step_timeout: float | None = Field(None, gt=0)  # seconds of wall clock for one environment step
+    episode_timeout: float | None = Field(None, gt=0)  # ... for the reset and all steps of an episode
+    max_live: int | None = Field(None, gt=0)  # environments of one id at once; null: as many as it allows
     max_action_tokens: Scheduled | None = None  # of an episode, which then ends unfinished
     teacher_share: float = Field(0.0, ge=0, lt=1)  # of the teacher in each token's distribution
     demonstrations: Demonstrations | None = None

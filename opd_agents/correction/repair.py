@@ -22,7 +22,7 @@ from opd_agents.batch import Packed
 from opd_agents.chat import Chat
 from opd_agents.config import Correction
 from opd_agents.distributed import ALONE, World
-from opd_agents.envs import AgentEnv
+from opd_agents.envs import AgentEnv, Snapshot
 from opd_agents.errors import ReplayDivergence
 from opd_agents.policies.base import Action, History, Policy
 from opd_agents.rollout import Episode, Limits, Start, rollout, segment_ids
@@ -50,7 +50,7 @@ class Repair:
 class _Proposal:
     parent: Trajectory
     turn: int
-    env: AgentEnv  # in the state before the action
+    saved: Snapshot  # before the action
     teacher: Action
     teacher_action: str  # as the environment gets it
 
@@ -116,8 +116,6 @@ def _verify(
         for arm in ("repair", "student")
         for trial in range(settings.trials)
     ]
-    for proposal in proposals.values():
-        proposal.env.close()  # every re-rollout has its own fork
     finished = play(episodes)
     arms = [finished[i : i + settings.trials] for i in range(0, len(finished), settings.trials)]
     judged = zip(proposals.values(), arms[::2], arms[1::2], strict=True)
@@ -164,10 +162,10 @@ def _propose(
             action.ids, ended=True, context_ids=history.ids, tools=env.tools, text_only=env.text_only
         ).action
         if action.stop_reason is StopReason.END and text != parent.turns[turn].action:
-            proposals.append(_Proposal(parent, turn, env, action, text))
+            proposals.append(_Proposal(parent, turn, env.snapshot(), action, text))
         else:
-            env.close()
             proposals.append(None)
+        env.close()
     return proposals
 
 
@@ -199,7 +197,6 @@ def _branch_episode(
     parent, turn = proposal.parent, proposal.turn
     place = (2 * number + (arm == "student")) * trials + trial
     seed = int(np.random.SeedSequence([*stream, FIRST_BRANCH + place]).generate_state(1)[0])
-    env = proposal.env.fork(reseed=seed)
     old = parent.turns[turn]
     action = proposal.teacher
     if arm == "student":
@@ -209,7 +206,9 @@ def _branch_episode(
         )  # fmt: skip
     inherited = tuple(dataclasses.replace(t, weight=0.0) for t in parent.turns[:turn])
     branch = Branch(parent.uid, turn)
-    start = Start(env, branch, inherited, parent.messages, old.context_ids, old.starts_segment, action)
+    start = Start(
+        proposal.saved, branch, inherited, parent.messages, old.context_ids, old.starts_segment, action
+    )
     return Episode(
         uid=f"{parent.uid}-{arm}{trial}",
         env_id=parent.env_id,

@@ -77,7 +77,7 @@ def run_suite(
     results = []
     for policy, temperature in ((contestant.sampled, suite.temperature), (contestant.greedy, 0.0)):
         play = partial(
-            rollout, policy=policy, make=envs.make, chat=contestant.chat, limits=suite.rollout_limits(),
+            rollout, policy=policy, make=envs.launch, chat=contestant.chat, limits=suite.rollout_limits(),
             temperature=temperature, on_finished=on_finished,
         )  # fmt: skip
         results.append(world.shared(suite.episodes(split, limit, seed), play))
@@ -150,7 +150,7 @@ def play(
     return rollout(
         requests,
         contestant.sampled,
-        make=envs.make,
+        make=envs.launch,
         chat=contestant.chat,
         limits=Limits(),
         temperature=1.0,

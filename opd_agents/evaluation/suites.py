@@ -30,6 +30,9 @@ class SuiteLimits(Section):
     max_tokens_per_turn: int = Field(256, gt=0)
     max_context_tokens: int = Field(8192, gt=0)
     max_observation_tokens: int = Field(2048, gt=0)
+    step_timeout: float | None = Field(None, gt=0)
+    episode_timeout: float | None = Field(None, gt=0)
+    max_live: int | None = Field(None, gt=0)
 
 
 class Suite(Section):

@@ -43,7 +43,8 @@ class History:
 class Action:
     """One action. A sampler gives ``ids`` and their log-probs; a text policy gives ``text`` (for the
     environment: JSON calls or words) and leaves ``ids`` empty for the chat to encode. ``forced`` are ranges
-    of ids that were put there and not sampled, with a log-prob of 0."""
+    of ids that were put there and not sampled, with a log-prob of 0. ``failure`` says why no action could be
+    made: the episode ends in an error."""
 
     actor: Actor
     stop_reason: StopReason
@@ -52,6 +53,7 @@ class Action:
     text: str | None = None
     policy_version: int = 0
     forced: tuple[tuple[int, int], ...] = ()
+    failure: str | None = None
 
     @property
     def n_sampled(self) -> int:
@@ -68,10 +70,15 @@ class ExpertPolicy:
     """The environment's own scripted expert, which reads the true state."""
 
     def act(self, histories: Sequence[History]) -> list[Action]:
-        return [
-            Action(Actor.EXPERT, StopReason.NOT_SAMPLED, text=history.env.expert_action())
-            for history in histories
-        ]
+        return [_expert_action(history.env) for history in histories]
+
+
+def _expert_action(env: AgentEnv) -> Action:
+    try:
+        return Action(Actor.EXPERT, StopReason.NOT_SAMPLED, text=env.expert_action())
+    except Exception as error:  # an environment's, like one of its step(): it ends its own episode
+        failure = f"the scripted expert failed: {type(error).__name__}: {error}"
+        return Action(Actor.EXPERT, StopReason.NOT_SAMPLED, failure=failure)
 
 
 class RandomPolicy:
