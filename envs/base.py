@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import pickle
 from abc import ABC, abstractmethod
@@ -29,8 +30,8 @@ from opd_agents.errors import (
 from opd_agents.tools import Tool, ToolError, to_json
 from opd_agents.types import Message, Task, ToolCall, ToolSpec
 
-# main: by the rollout itself, for fast Python; thread: in a thread of its own, so that waiting for a container,
-# a server or a browser overlaps; process: in a process of its own, for slow Python and for what may crash.
+# main: by the rollout itself, for fast Python; thread: in a thread of its own, so that waiting for a
+# container, a server or a browser overlaps; process: in one of its own, for slow Python and what may crash.
 RunsIn: TypeAlias = Literal["main", "thread", "process"]
 
 
@@ -47,9 +48,10 @@ class _Reply:
 class AgentEnv(gymnasium.Env[str, str], ABC):
     """A multi-turn environment: text in, text out, tools as JSON calls, forkable.
 
-    An author writes ``system_prompt``, ``split_sizes``, ``begin``, ``success``, ``get_state`` and
-    ``set_state`` (or sets ``fork_mode``), and passes typed functions as tools to ``__init__``, which must
-    open nothing heavy. Constructor arguments must be picklable values: forks are built from them.
+    An author writes ``system_prompt``, ``split_sizes``, ``begin``, ``success``, keeps all of an episode in
+    ``self.state`` (or writes ``get_state`` and ``set_state``, or sets ``fork_mode``), and passes typed
+    functions as tools to ``__init__``, which must open nothing heavy. Constructor arguments must be picklable
+    values: forks are built from them.
 
     Action: one call ``{"name": ..., "arguments": {...}}``, a JSON list of calls (run in order, one
     observation), or a text to the user. A bad action costs a turn and is answered with what was wrong. A
@@ -77,6 +79,7 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
     system_prompt: str = ""
     split_sizes: Mapping[str, int] = {"train": 1}  # task ids of a split are "0" ... str(size - 1)
     max_turns: int = 32
+    state: Any = None  # all of an episode but the task and the generator, set by ``begin``
     tasks: TaskFile | None = None  # where the tasks come from, if not from the environment itself
 
     _row: TaskRow | None = None
@@ -118,14 +121,17 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
     def get_state(self) -> Any:
         """All state of the episode but the task and the generator, picklable. Live objects are fine: the
         base pickles them at once."""
-        raise NotForkable(
-            f"{type(self).__name__} defines no get_state() and set_state(). Define them, or set "
-            'fork_mode = "replay" and define digest_text(), or set fork_mode = "none".'
-        )
+        if self.state is None:
+            raise NotForkable(
+                f"{type(self).__name__} has nothing in self.state. Keep all of an episode there, set by "
+                'begin(), or define get_state() and set_state(), or set fork_mode = "replay" and define '
+                'digest_text(), or set fork_mode = "none".'
+            )
+        return self.state
 
     def set_state(self, state: Any) -> None:
         """Put back what ``get_state`` returned; ``self.task`` is already set, ``begin`` may not have run."""
-        raise NotForkable(f"{type(self).__name__} defines no set_state(), which fork_mode 'snapshot' needs.")
+        self.state = state
 
     def digest_text(self) -> str:
         """The state of the world as text, equal for equal states: no generator, no counters."""
@@ -175,6 +181,12 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
     def finish(self) -> None:
         """Called by a tool or ``on_text``: the episode ends with this action."""
         self._finished = True
+
+    def task_number(self, task: Task) -> int:
+        """The task's place among those of all splits, in the order of ``split_sizes``: a task generator that
+        makes task after task from it has no task in two splits."""
+        before = itertools.takewhile(lambda split: split != task.split, self.split_sizes)
+        return sum(self.split_sizes[split] for split in before) + int(task.id)
 
     def abandon(self) -> None:
         """Called from another thread when an answer did not come in time and is no longer waited for."""

@@ -83,7 +83,8 @@ def describe(id: str) -> dict[str, Any]:
     try:
         env = make(id)
     except MissingPart as error:
-        return {"id": id, **known, "tools": [], "splits": {}, "max_turns": cls.max_turns, "missing": str(error)}
+        unknown = {"tools": [], "splits": {}, "max_turns": cls.max_turns}
+        return {"id": id, **known, **unknown, "missing": str(error)}
     try:
         return {
             "id": id,
@@ -172,5 +173,6 @@ def _load_entry_points() -> None:
 
 register("opd_agents/LockChain-v0", "opd_agents.envs.lockchain:LockChain")
 register("opd_agents/OrderDesk-v0", "opd_agents.envs.orderdesk:OrderDesk")
+register("opd_agents/OrderDeskDialogue-v0", "opd_agents.envs.orderdesk:OrderDeskDialogue")
 register("opd_agents/PromptTask-v0", "opd_agents.envs.prompt_task:PromptTask")
 register("opd_agents/Retrieval-v0", "opd_agents.envs.retrieval:Retrieval")

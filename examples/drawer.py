@@ -6,7 +6,7 @@ opd-agents --import examples/drawer.py rollout examples/Drawer-v0 --policy exper
 import itertools
 import json
 import random
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import opd_agents as opd
 from opd_agents.types import Task
@@ -25,11 +25,9 @@ class Drawer(opd.AgentEnv):
 
     def __init__(self) -> None:
         super().__init__([self.open_drawer, self.answer])
-        self.state: dict[str, Any] = {}
 
     def begin(self, task: Task) -> str:
-        first = {"train": 0, "validation": 1500, "test": 1700}[task.split]  # no task is in two splits
-        colours, thing = CHAINS[first + int(task.id)]
+        colours, thing = CHAINS[self.task_number(task)]  # no task is in two splits
         self.state = {"colours": list(colours), "thing": thing, "opened": 0, "answer": None}
         return f'Begin with "{colours[0]}".'
 
@@ -50,12 +48,6 @@ class Drawer(opd.AgentEnv):
 
     def success(self) -> bool:  # the verifier looks at the final state: a lucky guess is none
         return self.state["opened"] == 3 and bool(self.state["answer"] == self.state["thing"])
-
-    def get_state(self) -> dict[str, Any]:
-        return self.state
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self.state = state
 
     def expert_action(self) -> str:
         opened = self.state["opened"]

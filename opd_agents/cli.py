@@ -23,8 +23,8 @@ from typer.core import TyperGroup
 from opd_agents.errors import ConfigError, OpdError, UserError
 from opd_agents.terminal import (
     details,
+    envs_table,
     err,
-    listing,
     methods_table,
     out,
     print_result,
@@ -229,12 +229,7 @@ def envs(
     from opd_agents.envs import describe, list_envs
 
     rows = [describe(name) for name in ([env_id] if env_id else list_envs())]
-    shown = [row | {"splits": row["splits"] or "those of your task file"} for row in rows]
-    print_result(
-        rows,
-        details(shown[0]) if env_id else listing(shown, "id", "family", "fork_mode", "splits", "extra"),
-        as_json,
-    )
+    print_result(rows, details(rows[0]) if env_id else envs_table(rows), as_json)
 
 
 @app.command()

@@ -25,8 +25,6 @@ from opd_agents.rows import read_rows
 from opd_agents.runs import newest_checkpoint
 from opd_agents.tasks import draw_episodes, split_sizes
 
-TOKENIZER_EPISODES = 500  # expert episodes that a fresh tokenizer's vocabulary is read from
-
 
 def load_student(
     config: RunConfig, checkpoint: str | None
@@ -45,7 +43,11 @@ def load_student(
                 "nothing: give the checkpoint to adapt as student.model."
             )
         shared = build.tokenizer
-        tokenizer = load_tokenizer(newest_checkpoint(shared)) if shared else _fresh_tokenizer(config)
+        tokenizer = (
+            load_tokenizer(newest_checkpoint(shared))
+            if shared
+            else _fresh_tokenizer(config, build.tokenizer_episodes)
+        )
         model = build_model(build.model_type, build.config, tokenizer, config.seed, config.student.dtype)
         return model, tokenizer, Chat(tokenizer, **settings)
     path = checkpoint or newest_checkpoint(str(config.student.model))
@@ -67,23 +69,23 @@ def _weights(path: str, student: Student, seed: int) -> PreTrainedModel:
     return model
 
 
-def _fresh_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    """A word-level tokenizer read off the recordings and off the scripted experts' training episodes."""
+def _fresh_tokenizer(config: RunConfig, episodes: int) -> PreTrainedTokenizerBase:
+    """A word-level tokenizer read off the recordings and off training episodes of the scripted experts."""
     samples: list[str] = []
     if isinstance(source := config.rollout.source, Recorded):
         samples += texts(read_rows(source.dataset, source.split))
         experts = [e for e in config.environments if envs.make(e.id, **e.options).has_expert]
         config = config.model_copy(update={"environments": experts})
-    return build_word_tokenizer(samples + _expert_texts(config))
+    return build_word_tokenizer(samples + _expert_texts(config, episodes))
 
 
-def _expert_texts(config: RunConfig) -> list[str]:
+def _expert_texts(config: RunConfig, episodes: int) -> list[str]:
     sizes = split_sizes(config.environments)
-    many = {"episodes_per_step": TOKENIZER_EPISODES, "group_size": 1, "source": "expert"}
+    many = {"episodes_per_step": episodes, "group_size": 1, "source": "expert"}
     draw = config.model_copy(update={"rollout": config.rollout.model_copy(update=many)})
-    episodes = draw_episodes(draw, 0, sizes)
+    drawn = draw_episodes(draw, 0, sizes)
     trajectories = rollout(
-        episodes, ExpertPolicy(), make=envs.launch, chat=None, limits=Limits(), temperature=1.0
+        drawn, ExpertPolicy(), make=envs.launch, chat=None, limits=Limits(), temperature=1.0
     )
     prompts = [m.content for t in trajectories for m in t.messages if m.role == "user"]
     return prompts + [x for t in trajectories for turn in t.turns for x in (turn.action, turn.observation)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -38,14 +39,36 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def listing(rows: Sequence[dict[str, Any]], *columns: str) -> Table:
-    """A line for each row."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, overflow="fold", no_wrap=number == 0)
-    for row in rows:
-        table.add_row(*(escape(_text(row[column])) for column in columns))
+def envs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The environments, those of a family together; one line for ids that differ only after a dot."""
+    table = Table(box=None, header_style="bold", pad_edge=False, caption_justify="left")
+    for column in ("id", "tools", "turns", "splits", "fork", "extra", "licence"):
+        table.add_column(column, overflow="fold", no_wrap=column != "splits")
+    for family, members in groupby(
+        sorted(rows, key=lambda row: row["family"]), key=lambda row: row["family"]
+    ):
+        table.add_row(f"[bold]{escape(family)}[/]")
+        for name, alike in groupby(members, key=lambda row: re.sub(r"\.[^.]*(-v\d+)$", r".*\1", row["id"])):
+            row, *others = alike
+            known = row["missing"] is None
+            table.add_row(
+                f"  {escape(name)}" + (f" ({len(others) + 1})" if others else ""),
+                str(len(row["tools"])) if known else "",
+                str(row["max_turns"]),
+                _splits(row["splits"]) if known else "not installed",
+                row["fork_mode"],
+                row["extra"] or "",
+                escape(row["licence"]),
+            )
     return table
+
+
+def _splits(sizes: Mapping[str, int]) -> str:
+    """Their sizes, shortly, in their order."""
+    short = [
+        f"{n // 10**6}M" if n >= 10**6 else f"{n // 1000}k" if n >= 10**4 else str(n) for n in sizes.values()
+    ]
+    return " + ".join(short) or "your file's"
 
 
 def details(row: dict[str, Any]) -> Table:

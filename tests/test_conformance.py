@@ -162,7 +162,7 @@ class Empty(Counter):
         (SelfFork, "stepping a fork changed the environment"),
         (Forgetful, r"raised AttributeError|differ after the same actions|lead elsewhere"),
         (Unrestoring, "differ after the same actions|does not lead back"),
-        (Unfinished, "defines no get_state"),
+        (Unfinished, "has nothing in self.state"),
         (Unpicklable, r"get_state\(\) of Unpicklable cannot be pickled"),
         (CountingDigest, "must hold neither counters nor noise"),
         (BlindDigest, "negative control"),

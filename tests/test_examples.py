@@ -1,8 +1,12 @@
 """The examples, that docs/tutorial.md shows them as they are, and the data of docs/your_data.md."""
 
 import json
+import os
 import re
 import runpy
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -152,3 +156,25 @@ def test_the_shown_conversations_are_read(data: Path) -> None:
     assert [sum(conversation.trained) for conversation in results] == [2, 1, 1]
     assert load_config("sft.yaml").rollout.source.dataset == str(data / "messages.jsonl")
     assert load_config("mixture.yaml").rollout.source.student == 0.5
+
+
+def test_an_installed_package_brings_its_environment(tmp_path: Path) -> None:
+    """examples/timetable, installed beside opd-agents, is found by its entry point in a fresh process."""
+    source = shutil.copytree(EXAMPLES / "timetable", tmp_path / "source")
+    install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target"]
+    subprocess.run([sys.executable, *install, tmp_path / "site", source], check=True, timeout=100)
+
+    def run(*command: str) -> str:
+        path = os.pathsep.join([str(tmp_path / "site"), *filter(None, sys.path)])
+        done = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, timeout=100, cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": path},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    (about,) = json.loads(run("-m", "opd_agents", "envs", "timetable/Timetable-v0", "--json"))
+    assert about["tools"] == ["departures", "board"] and about["splits"]["test"] == 200
+    command = "-m opd_agents evaluate timetable/Timetable-v0 --policy expert --limit 5 --json"
+    assert json.loads(run(*command.split()))["policies"][0]["success"] == 1.0
+    run("-c", "import opd_agents as opd; opd.testing.check_agent_env('timetable/Timetable-v0', changes=3)")

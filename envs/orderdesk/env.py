@@ -10,7 +10,8 @@ from opd_agents.envs.orderdesk.case import Case
 from opd_agents.envs.orderdesk.database import Database
 from opd_agents.envs.orderdesk.desk import Desk
 from opd_agents.envs.orderdesk.expert import call_key, next_call, solution
-from opd_agents.envs.orderdesk.levels import LEVELS, SPLIT_SIZES, draw_case
+from opd_agents.envs.orderdesk.levels import LEVELS, draw_case
+from opd_agents.envs.splits import SPLIT_SIZES
 from opd_agents.errors import UnknownName, UserError
 from opd_agents.tools import ToolError
 from opd_agents.types import Task, ToolCall

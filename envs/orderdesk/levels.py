@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import datetime
 import functools
-import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from opd_agents.envs.orderdesk.case import OPEN_STATUSES, Case, Customer, Order, Request
+from opd_agents.envs.splits import draw_from_split
 
 NAMES = (
     "ana ben cleo dan eva finn gus hana ivan jun kim leo "
@@ -34,9 +34,6 @@ EASY_TOOLS = (
 ).split()
 ALL_TOOLS = [*EASY_TOOLS, "verify_customer", "check_stock", "issue_credit", "exchange_item", "update_address"]
 
-SPLITS = {"train": range(2, 10), "validation": range(1), "test": range(1, 2)}  # tenths of all possible tasks
-SPLIT_SIZES = {"train": 1_000_000, "validation": 10_000, "test": 10_000}
-
 
 @dataclass(frozen=True, slots=True)
 class Level:
@@ -55,20 +52,9 @@ class Level:
 
 @functools.lru_cache(maxsize=4096)  # groups, repairs and forks come back to the same task
 def draw_case(level: str, split: str, task_id: str) -> Case:
-    """The case of a task: the first one in the task's own stream whose content belongs to the split.
-
-    A case belongs to one split by a hash of its signature, so no case is ever in two.
-    """
-    rng = random.Random(f"OrderDesk-v0/{level}/{split}/{task_id}")
-    while True:
-        case = LEVELS[level].draw(rng)
-        if content_class(case) in SPLITS[split]:
-            return case
-
-
-def content_class(case: Case) -> int:
-    """The class 0 ... 9 of a case's content, which decides its split."""
-    return int.from_bytes(hashlib.blake2b(case.signature.encode(), digest_size=8).digest()) % 10
+    """The case of a task; no case is ever in two splits."""
+    stream = f"OrderDesk-v0/{level}"
+    return draw_from_split(stream, split, task_id, LEVELS[level].draw, lambda case: case.signature)
 
 
 def _draw_easy(rng: random.Random) -> Case:
@@ -180,22 +166,30 @@ def _prompt(
     orders: tuple[Order, ...],
     by_item: bool,
 ) -> str:
-    first_item = {order.id: order.items[0][0] for order in orders}
-    wishes = []
-    for number, request in enumerate(requests, 1):
-        id = request.order_id
-        order = f"the order with the {first_item[id]}" if by_item else f"order {id}"
-        match request.kind:
-            case "settle":
-                wish = f"take back {order}"
-            case "exchange":
-                item = f"the {request.sku}" if by_item else f"the {request.sku} of {order}"
-                wish = f"exchange {item} for a {request.wish}"
-            case "move":
-                wish = f"send {order} to {request.wish}"
-        wishes.append(f"({number}) {wish}")
+    asked = (wish_text(request, orders, by_item) for request in requests)
+    wishes = "; ".join(f"({number}) {wish}" for number, wish in enumerate(asked, 1))
     who = f"{customer.name} of {customer.city}" if by_item else customer.name
-    return f"Today is {today}. Customer {who}, postcode {postcode}, asks: {'; '.join(wishes)}."
+    return f"Today is {today}. Customer {who}, postcode {postcode}, asks: {wishes}."
+
+
+def wish_text(request: Request, orders: tuple[Order, ...], by_item: bool) -> str:
+    """A request as the customer words it; ``by_item``: without the order's id."""
+    order = order_text(request.order_id, orders, by_item)
+    match request.kind:
+        case "settle":
+            return f"take back {order}"
+        case "exchange":
+            item = f"the {request.sku}" if by_item else f"the {request.sku} of {order}"
+            return f"exchange {item} for a {request.wish}"
+        case "move":
+            return f"send {order} to {request.wish}"
+
+
+def order_text(id: str, orders: tuple[Order, ...], by_item: bool) -> str:
+    """What the customer calls an order."""
+    if not by_item:
+        return f"order {id}"
+    return f"the order with the {next(order.items[0][0] for order in orders if order.id == id)}"
 
 
 def _policies(window: int, separate: bool) -> tuple[tuple[str, str], ...]:

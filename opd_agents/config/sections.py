@@ -15,6 +15,7 @@ class Build(Section):
     model_type: str = "llama"
     config: dict[str, Any]
     tokenizer: str | None = None  # checkpoint whose tokenizer is shared; else one is made of expert episodes
+    tokenizer_episodes: int = Field(500, gt=0)  # that many of them
 
 
 class Lora(Section):
