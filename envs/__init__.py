@@ -6,6 +6,7 @@ from opd_agents.envs.process import ProcessEnv, launch
 from opd_agents.envs.registry import describe, import_plugins, list_envs, make, register
 from opd_agents.envs.snapshots import Recording, Snapshot
 from opd_agents.envs.spaces import AnyText
+from opd_agents.envs.splits import draw_from_split
 from opd_agents.envs.tasks import TaskFile, TaskRow, load_tasks
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "TaskFile",
     "TaskRow",
     "describe",
+    "draw_from_split",
     "format_calls",
     "import_plugins",
     "launch",

@@ -20,6 +20,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from opd_agents import cli_sandbox
 from opd_agents.errors import ConfigError, OpdError, UserError
 from opd_agents.terminal import (
     details,
@@ -220,6 +221,8 @@ def rollout(
 @app.command()
 def envs(
     env_id: Annotated[str | None, typer.Argument(metavar="[ID]", help="Only this one.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Try whether ID keeps the contract.")] = False,
+    options: Options = None,
     as_json: Json = False,
 ) -> None:
     """List the environments.
@@ -228,6 +231,14 @@ def envs(
     """
     from opd_agents.envs import describe, list_envs
 
+    if check:
+        from opd_agents.testing import check_agent_env
+
+        if env_id is None:
+            raise UserError("--check tries one environment: name it, such as opd_agents/OrderDesk-v0.")
+        check_agent_env(env_id, **_options(options))
+        out.print(f"{env_id} keeps the contract.", highlight=False)
+        return
     rows = [describe(name) for name in ([env_id] if env_id else list_envs())]
     print_result(rows, details(rows[0]) if env_id else envs_table(rows), as_json)
 
@@ -329,6 +340,9 @@ def export_messages(
 
     written = program.export_messages(source, file, model, only_success=only_success, skip_bad=skip_bad)
     print_written(written, file)
+
+
+app.add_typer(cli_sandbox.app, name="sandbox")
 
 
 def _options(given: Sequence[str] | None) -> dict[str, Any]:
