@@ -32,6 +32,10 @@ def parse_action(action: str) -> tuple[ToolCall, ...]:
     What begins with ``{`` or ``[`` is meant as JSON. Raises BadAction for JSON that is broken or no call, for
     an empty action, and for the markup of a tool call that the chat could not read.
     """
+    try:
+        action.encode()
+    except UnicodeEncodeError:
+        raise BadAction("the action holds a lone surrogate, which is no character") from None
     text = action.strip()
     if not text:
         raise BadAction('empty action; send {"name":...,"arguments":{...}} or a text to the user')

@@ -213,7 +213,7 @@ class _Live:
         elif self.chat:
             self._answered(turn, self.chat)
 
-    def _guard(self, function: Callable[[], None]) -> None:
+    def _guard(self, function: Callable[[], object]) -> None:
         try:
             function()
         except (AlignmentError, ConfigError):

@@ -18,7 +18,7 @@ LAYERS = (
     # what a run is asked to do, read by all layers that it configures; the user's data and code
     ("config", "configs", "schedules", "rows", "messages", "plugins"),
     ("tools",),
-    ("envs", "testing"),
+    ("envs", "testing", "fuzzing"),
     ("chat",),
     ("policies",),
     ("hosting", "rollout", "recordings", "batch", "distributed", "sharding"),
@@ -29,7 +29,7 @@ LAYERS = (
         *("step_metrics", "experience", "updates", "trainer", "evaluation", "diagnostics"),
         *("export", "traces"),
     ),
-    ("cli", "terminal", "report", "quickstart", "__main__", "__init__"),
+    ("cli", "cli_sandbox", "terminal", "report", "quickstart", "__main__", "__init__"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SOURCES = {  # dotted module name -> file; the symlinked folders included
