@@ -37,6 +37,38 @@ def _last_number(text: str) -> float | None:
 VERIFIERS: dict[str, Callable[[str, TaskRow], Any]] = {"exact": exact, "number": number}
 
 
+def load_verifier(verifier: str, owner: str) -> Callable[[str, TaskRow], float]:
+    """``exact``, ``number``, or the user's ``module:name``, a function (answer text, TaskRow) -> bool or
+    number in [0, 1]. Raises UserError; what it returns raises EnvironmentContractError for another value."""
+    what = f"{owner}: verifier (or one of {', '.join(VERIFIERS)})"
+    verify = VERIFIERS.get(verifier) or load_object(verifier, what)
+
+    def verified(answer: str, row: TaskRow) -> float:
+        verdict = verify(answer, row)
+        try:
+            value = float(verdict)
+        except (TypeError, ValueError):
+            value = math.nan
+        if not 0 <= value <= 1:
+            raise EnvironmentContractError(
+                f"The verifier {verifier} gave {verdict!r:.60} for row {row.id!r}: it must give a "
+                "bool or a number in [0, 1]."
+            )
+        return value
+
+    return verified
+
+
+def check_answer(verifier: str, row: TaskRow) -> None:
+    """Raises DataError if ``row`` lacks the answer that ``exact`` and ``number`` compare with."""
+    if verifier not in VERIFIERS:
+        return
+    if not isinstance(row.answer, str | int | float) or str(row.answer).strip() == "":
+        raise DataError(f"the field `answer` must be a text or a number for verifier {verifier!r}.")
+    if verifier == "number" and _last_number(str(row.answer)) is None:
+        raise DataError(f"there is no number in the field `answer`, {row.answer!r:.60}.")
+
+
 class PromptTask(AgentEnv):
     """One-turn prompts from a task file; the reward is the verifier's word on the text that is answered."""
 
@@ -47,23 +79,16 @@ class PromptTask(AgentEnv):
     split_sizes = {}  # noqa: RUF012  # those of the task file
 
     def __init__(self, verifier: str = "exact", system: str = "") -> None:
-        """``verifier``: ``exact`` or ``number`` (both compare with the row's ``answer``, which the scripted
-        expert gives), or ``module:name``, a function (answer text, TaskRow) -> bool or number in [0, 1]."""
+        """``verifier``: see ``load_verifier``; the scripted expert gives the row's ``answer``."""
         super().__init__([])
         self.verifier, self.system_prompt = verifier, system
         self.has_expert = verifier in VERIFIERS  # type: ignore[misc]  # a matter of the instance here
-        what = f"PromptTask: verifier (or one of {', '.join(VERIFIERS)})"
-        self._verify = VERIFIERS.get(verifier) or load_object(verifier, what)
+        self._verify = load_verifier(verifier, "PromptTask")
         self._answer: str | None = None
 
     def check_row(self, row: TaskRow) -> None:
         super().check_row(row)
-        if self.verifier not in VERIFIERS:
-            return
-        if not isinstance(row.answer, str | int | float) or str(row.answer).strip() == "":
-            raise DataError(f"the field `answer` must be a text or a number for verifier {self.verifier!r}.")
-        if self.verifier == "number" and _last_number(str(row.answer)) is None:
-            raise DataError(f"there is no number in the field `answer`, {row.answer!r:.60}.")
+        check_answer(self.verifier, row)
 
     def begin(self, task: Task) -> str:
         self._answer = None
@@ -75,17 +100,7 @@ class PromptTask(AgentEnv):
         return ""
 
     def success(self) -> float:
-        verdict = self._verify(self._answer or "", self.row)
-        try:
-            value = float(verdict)
-        except (TypeError, ValueError):
-            value = math.nan
-        if not 0 <= value <= 1:
-            raise EnvironmentContractError(
-                f"The verifier {self.verifier} gave {verdict!r:.60} for row {self.row.id!r}: it must give a "
-                "bool or a number in [0, 1]."
-            )
-        return value
+        return self._verify(self._answer or "", self.row)
 
     def expert_action(self) -> str:
         if not self.has_expert:

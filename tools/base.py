@@ -84,20 +84,20 @@ def _describe(function: Callable[..., Any], skip_self: bool) -> tuple[ToolSpec, 
     config = pydantic.ConfigDict(extra="forbid", strict=True)
     model: type[pydantic.BaseModel] = pydantic.create_model(function.__name__, __config__=config, **fields)
     description = inspect.getdoc(function) or ""
-    return ToolSpec(function.__name__, description, _without_titles(model.model_json_schema())), model
+    return ToolSpec(function.__name__, description, without_titles(model.model_json_schema())), model
 
 
-def _without_titles(schema: Any) -> Any:
+def without_titles(schema: Any) -> Any:
     """Pydantic's generated titles repeat the names and would cost prompt tokens."""
     if isinstance(schema, list):
-        return [_without_titles(item) for item in schema]
+        return [without_titles(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
     # A parameter may itself be called "title": under "properties" the keys are names, not keywords.
     return {
-        key: {name: _without_titles(item) for name, item in value.items()}
+        key: {name: without_titles(item) for name, item in value.items()}
         if key in ("properties", "$defs")
-        else _without_titles(value)
+        else without_titles(value)
         for key, value in schema.items()
         if key != "title"
     }
