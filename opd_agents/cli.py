@@ -220,7 +220,10 @@ def rollout(
 
 @app.command()
 def envs(
-    env_id: Annotated[str | None, typer.Argument(metavar="[ID]", help="Only this one.")] = None,
+    env_id: Annotated[
+        str | None, typer.Argument(metavar="[ID|install]", help="Only this one; or `install` a benchmark.")
+    ] = None,
+    benchmark: Annotated[str | None, typer.Argument(metavar="[BENCHMARK]", help="For install: bfcl.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Try whether ID keeps the contract.")] = False,
     options: Options = None,
     as_json: Json = False,
@@ -231,6 +234,13 @@ def envs(
     """
     from opd_agents.envs import describe, list_envs
 
+    if env_id == "install" or benchmark is not None:
+        from opd_agents.envs.adapters.install import install
+
+        if env_id != "install" or benchmark is None:
+            raise UserError("To install a benchmark: opd-agents envs install bfcl")
+        install(benchmark)
+        return
     if check:
         from opd_agents.testing import check_agent_env
 

@@ -1,6 +1,7 @@
 """Settings shared by all tests, and the ``real`` marker."""
 
 import datetime
+import functools
 import importlib.util
 import os
 import shutil
@@ -23,11 +24,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"needs {', '.join(missing)}")
 
 
+@functools.cache
 def present(name: str) -> bool:
     if name == "cuda":
         import torch
 
         return torch.cuda.is_available()
+    if name == "docker":  # a daemon that answers, and the image
+        from opd_agents.errors import MissingPart
+        from opd_agents.tools.sandbox import open_sandbox
+
+        try:
+            open_sandbox("docker").close()
+        except MissingPart:
+            return False
+        return True
     return bool(shutil.which(name) or importlib.util.find_spec(name))
 
 

@@ -14,7 +14,7 @@ from opd_agents.errors import AlignmentError, UserError
 
 COMMANDS = [
     *("quickstart", "train", "evaluate", "rollout", "envs", "methods", "report", "export"),
-    *("import-messages", "export-messages"),
+    *("import-messages", "export-messages", "sandbox"),
 ]
 DESK = "opd_agents/OrderDesk-v0"
 
