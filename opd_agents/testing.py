@@ -7,6 +7,7 @@ import random
 import re
 import warnings
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +88,8 @@ def _check_tasks(env: AgentEnv, n_tasks: int) -> None:
     """First and last task of each split can be reset, others not; no task is in two splits."""
     seen: dict[tuple[str, str], str] = {}
     for split, size in env.split_sizes.items():
-        for task_id in _task_ids(size, max(n_tasks, 20)):
+        # a reset of a browser or a container is dear
+        for task_id in _task_ids(size, max(n_tasks, 20) if env.runs_in == "main" else n_tasks):
             prompt, info = _reset(env, split, task_id)
             for key in ("task_id", "split", "messages", "system", "tools"):
                 _require(key in info, f"the info of reset() lacks {key!r}")
@@ -142,12 +144,12 @@ def _check_truncation(env: AgentEnv) -> None:
 
 def _check_determinism(env: AgentEnv, n_tasks: int) -> None:
     for split, task_id, rng in _drawn_tasks(env, n_tasks):
-        first, second = env.spawn(), env.spawn()
-        one, other = (_reset(e, split, task_id, seed=7)[0] for e in (first, second))
-        _require(one == other, f"two resets with equal seed and task gave {one!r} and {other!r}")
-        actions, steps = _wander(first, rng, one)
-        what = "two environments with equal seed, task and actions differ"
-        _compare(steps, _run(second, actions), actions, what)
+        with closing(env.spawn()) as first, closing(env.spawn()) as second:
+            one, other = (_reset(e, split, task_id, seed=7)[0] for e in (first, second))
+            _require(one == other, f"two resets with equal seed and task gave {one!r} and {other!r}")
+            actions, steps = _wander(first, rng, one)
+            what = "two environments with equal seed, task and actions differ"
+            _compare(steps, _run(second, actions), actions, what)
 
 
 def _check_forks(env: AgentEnv, n_tasks: int) -> None:
@@ -178,9 +180,9 @@ def _check_one_fork(env: AgentEnv, rng: random.Random, text: str) -> bool | None
     if it cannot be tried."""
     saved = pickle.loads(pickle.dumps(env.snapshot()))
     digest = env.state_digest()
-    twin = env.fork()
     half = max(1, (env.max_turns - env.turn) // 2)  # so that they can be done twice within the turn limit
-    actions, steps = _wander(twin, rng, text, limit=min(half, 6))
+    with closing(env.fork()) as twin:
+        actions, steps = _wander(twin, rng, text, limit=min(half, 6))
     _require(env.state_digest() == digest, "stepping a fork changed the environment that it was forked from")
     _compare(steps, _run(env, actions), actions, "a fork and its origin differ after the same actions")
     again: list[_Step] | None = None if env.over else _run(env, actions)
@@ -189,10 +191,11 @@ def _check_one_fork(env: AgentEnv, rng: random.Random, text: str) -> bool | None
     _require(env.state_digest() == digest, "restore() does not lead back to the state of the snapshot")
     _compare(steps, _run(env, actions), actions, "after restore() the same actions lead elsewhere")
     env.restore(saved, reseed=11)
-    other = env.fork(reseed=11)
-    _require(env.state_digest() == digest, "restore(reseed) must change the noise only, not state_digest()")
-    env.restore(saved, reseed=11)
-    _compare(_run(env, actions), _run(other, actions), actions, "two restores with one reseed differ")
+    with closing(env.fork(reseed=11)) as other:
+        same = env.state_digest() == digest
+        _require(same, "restore(reseed) must change the noise only, not state_digest()")
+        env.restore(saved, reseed=11)
+        _compare(_run(env, actions), _run(other, actions), actions, "two restores with one reseed differ")
     if moved:  # so that restore() has visibly led back
         return True
     if again is None:
