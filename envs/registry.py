@@ -15,6 +15,8 @@ import gymnasium
 
 from opd_agents.envs.base import AgentEnv
 from opd_agents.envs.tasks import load_tasks
+from opd_agents.envs.web.miniwob_experts import EXPERTS as SCRIPTED
+from opd_agents.envs.web.miniwob_tasks import TASKS as MINIWOB
 from opd_agents.errors import EnvironmentContractError, MissingPart, UnknownName, UserError
 from opd_agents.plugins import load_object
 
@@ -171,8 +173,25 @@ def _load_entry_points() -> None:
             warnings.warn(f"plug-in {entry.name} ({entry.value}) failed to load: {error!r}", stacklevel=2)
 
 
+register("opd_agents/FileDesk-v0", "opd_agents.envs.filedesk:FileDesk")
+register("opd_agents/BfclMultiTurn-v0", "opd_agents.envs.adapters.bfcl:BfclMultiTurn")
+register("opd_agents/BfclSingle-v0", "opd_agents.envs.adapters.bfcl_single:BfclSingle")
+register("opd_agents/CodeFix-v0", "opd_agents.envs.code:CodeFix")
+register("opd_agents/CodeGen-v0", "opd_agents.envs.code:CodeGen")
+register("opd_agents/HumanEval-v0", "opd_agents.envs.code:HumanEval")
 register("opd_agents/LockChain-v0", "opd_agents.envs.lockchain:LockChain")
+register("opd_agents/Mcp-v0", "opd_agents.envs.mcp:McpTask")
 register("opd_agents/OrderDesk-v0", "opd_agents.envs.orderdesk:OrderDesk")
 register("opd_agents/OrderDeskDialogue-v0", "opd_agents.envs.orderdesk:OrderDeskDialogue")
 register("opd_agents/PromptTask-v0", "opd_agents.envs.prompt_task:PromptTask")
+register("opd_agents/Shop-v0", "opd_agents.envs.web.shop:Shop")
+register("opd_agents/ShopText-v0", "opd_agents.envs.web.shop:ShopText")
+register("opd_agents/ReasoningGym-v0", "opd_agents.envs.adapters.reasoning_gym:ReasoningGym")
 register("opd_agents/Retrieval-v0", "opd_agents.envs.retrieval:Retrieval")
+for _task in MINIWOB:
+    _class = "ScriptedMiniWob" if _task in SCRIPTED else "MiniWob"
+    register(f"opd_agents/MiniWoB.{_task}-v0", f"opd_agents.envs.web.miniwob:{_class}", task=_task)
+register("opd_agents/BabyAI-v0", "opd_agents.envs.adapters.babyai:BabyAI")
+register("opd_agents/GymText-v0", "opd_agents.envs.adapters.gym_text:GymText")
+register("opd_agents/ScienceWorld-v0", "opd_agents.envs.adapters.scienceworld:ScienceWorld")
+register("opd_agents/TextWorld-v0", "opd_agents.envs.adapters.textworld:TextWorld")
