@@ -250,7 +250,7 @@ def envs(
         out.print(f"{env_id} keeps the contract.", highlight=False)
         return
     rows = [describe(name) for name in ([env_id] if env_id else list_envs())]
-    print_result(rows, details(rows[0]) if env_id else envs_table(rows), as_json)
+    print_result(rows, details(rows[0]) if env_id else envs_table(rows), as_json, 0 if env_id else 116)
 
 
 @app.command()

@@ -23,12 +23,13 @@ out = Console()
 err = Console(stderr=True)
 
 
-def print_result(data: Any, table: Table, as_json: bool) -> None:
-    """The table, or the one JSON document that ``--json`` asks for."""
+def print_result(data: Any, table: Table, as_json: bool, least_width: int = 0) -> None:
+    """The table, at least so many characters wide, or the one JSON document that ``--json`` asks for."""
     if as_json:
         print(json.dumps(data, indent=2, allow_nan=False))
     else:
-        out.print(table)
+        console = out if out.width >= least_width else Console(width=least_width)
+        console.print(table)
 
 
 def _text(value: Any) -> str:
@@ -43,12 +44,13 @@ def envs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The environments, those of a family together; one line for ids that differ only after a dot."""
     table = Table(box=None, header_style="bold", pad_edge=False, caption_justify="left")
     for column in ("id", "tools", "turns", "splits", "fork", "extra", "licence"):
-        table.add_column(column, overflow="fold", no_wrap=column != "splits")
+        table.add_column(column, overflow="fold", no_wrap=column in ("id", "fork"))
     for family, members in groupby(
         sorted(rows, key=lambda row: row["family"]), key=lambda row: row["family"]
     ):
         table.add_row(f"[bold]{escape(family)}[/]")
-        for name, alike in groupby(members, key=lambda row: re.sub(r"\.[^.]*(-v\d+)$", r".*\1", row["id"])):
+        names = sorted(members, key=lambda row: row["id"])
+        for name, alike in groupby(names, key=lambda row: re.sub(r"\..*(-v\d+)$", r".*\1", row["id"])):
             row, *others = alike
             known = row["missing"] is None
             table.add_row(
