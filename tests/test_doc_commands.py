@@ -21,6 +21,7 @@ from test_layers import ROOT
 from opd_agents import cli
 from opd_agents.config import load_config, merge, method_text
 from opd_agents.envs import list_envs
+from opd_agents.envs.adapters.install import PACKAGES
 from opd_agents.errors import ConfigError
 from opd_agents.evaluation import load_suite
 from opd_agents.evaluation.suites import Suite
@@ -78,10 +79,17 @@ SHOWN = [
 def group() -> Any:
     """The command line, whose commands return their arguments instead of doing anything."""
     made = typer.main.get_command(cli.app)
+    answer_with_arguments(made)
+    return made
+
+
+def answer_with_arguments(made: Any) -> None:
     made.callback = None
     for name, command in made.commands.items():
-        command.callback = lambda _name=name, **given: (_name, given)
-    return made
+        if isinstance(command, typer.core.TyperGroup):
+            answer_with_arguments(command)
+        else:
+            command.callback = lambda _name=name, **given: (_name, given)
 
 
 def parsed(arguments: list[str]) -> tuple[str, dict[str, Any]]:
@@ -128,6 +136,8 @@ def test_a_command_is_one_that_there_is(
         assert set(used) <= known
     elif name == "evaluate" and given["suite"] not in known:
         load_suite(given["suite"])
+    elif name == "envs" and given["env_id"] == "install":
+        assert given["benchmark"] in PACKAGES
     elif name in ("rollout", "envs") and given["env_id"]:
         assert given["env_id"] in known
     elif name == "methods" and given["name"]:
