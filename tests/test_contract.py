@@ -1,0 +1,32 @@
+"""Every registered environment keeps the contract; the short ones are tried by their own tests, too."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from opd_agents import envs
+from opd_agents.testing import check_agent_env
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+import cases
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.real("miniwob", "playwright", "chromium", "docker", "scienceworld", "textworld", "mcp"),
+]
+
+
+@pytest.mark.parametrize("id", [id for id in envs.list_envs() if "/MiniWoB." not in id])
+def test_the_contract(id: str, tmp_path: Path) -> None:
+    name = id.removeprefix("opd_agents/").removesuffix("-v0")
+    case = cases.chosen([name], tmp_path)[name]
+    env = envs.make(case.id, **case.options)
+    slow = env.runs_in != "main"
+    if slow:  # each reset takes a second or more
+        env.split_sizes = {split: min(size, 3) for split, size in env.split_sizes.items()}
+    try:
+        check_agent_env(env, n_tasks=2 if slow else 5)
+    finally:
+        env.close()
