@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import itertools
 import json
 import pickle
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self, TypeAlias
@@ -18,14 +17,11 @@ from gymnasium.utils import seeding
 from opd_agents.envs.actions import BadAction, parse_action
 from opd_agents.envs.snapshots import ForkMode, Recording, Snapshot, pickled
 from opd_agents.envs.spaces import AnyText
-from opd_agents.envs.tasks import TaskFile, TaskRow
+from opd_agents.envs.task_env import TaskEnv
 from opd_agents.errors import (
-    DataError,
     EnvironmentContractError,
     NotForkable,
     ReplayDivergence,
-    UnknownName,
-    UserError,
 )
 from opd_agents.tools import Tool, ToolError, to_json
 from opd_agents.types import Message, Task, ToolCall, ToolSpec
@@ -45,7 +41,7 @@ class _Reply:
     tool_error: str | None = None  # of the first call that failed
 
 
-class AgentEnv(gymnasium.Env[str, str], ABC):
+class AgentEnv(TaskEnv):
     """A multi-turn environment: text in, text out, tools as JSON calls, forkable.
 
     An author writes ``system_prompt``, ``split_sizes``, ``begin``, ``success``, keeps all of an episode in
@@ -57,10 +53,6 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
     observation), or a text to the user. A bad action costs a turn and is answered with what was wrong. A
     tool refuses by raising ToolError; any other exception of a tool is a bug and reaches the caller.
 
-    Tasks may come from a file of the user's (``make(id, tasks=PATH)``): its splits replace the environment's.
-    A row either has what the environment builds its world of, then ``row_fields`` names the fields that it
-    needs and ``begin`` reads ``self.row``; or it selects one of the environment's own tasks.
-
     The reward is 0 until the episode ends, then the verifier's ``success()``. ``info`` of ``reset``:
     ``task_id``, ``split``, ``messages``, ``system``, ``tools``; of ``step``: ``messages``, ``calls``,
     ``parse_error``, ``tool_error``, and at the end ``success``.
@@ -71,24 +63,13 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
     family: ClassVar[str] = "tools"
     extra: ClassVar[str | None] = None  # the optional dependency group that it needs
     licence: ClassVar[str] = "Apache-2.0"
-    row_fields: ClassVar[tuple[str, ...]] = ()  # of a task file's row; none: a row selects an own task
     runs_in: ClassVar[RunsIn] = "main"  # where a rollout steps it, see RunsIn
     max_live: ClassVar[int | None] = None  # how many may live at once beside each other; None: any number
     text_only: ClassVar[bool] = False  # every action is a text, JSON too: for an environment without tools
 
     system_prompt: str = ""
-    split_sizes: Mapping[str, int] = {"train": 1}  # task ids of a split are "0" ... str(size - 1)
     max_turns: int = 32
     state: Any = None  # all of an episode but the task and the generator, set by ``begin``
-    tasks: TaskFile | None = None  # where the tasks come from, if not from the environment itself
-
-    _row: TaskRow | None = None
-    _arguments: tuple[tuple[Any, ...], dict[str, Any]]
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        env = super().__new__(cls)
-        env._arguments = (args, kwargs)
-        return env
 
     def __init__(self, tools: Sequence[Tool | Callable[..., Any]]) -> None:
         made = [tool if isinstance(tool, Tool) else Tool.from_function(tool) for tool in tools]
@@ -100,7 +81,6 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
             )
         self.observation_space = AnyText()
         self.action_space = AnyText()
-        self._task: Task | None = None
         self._reset_seed: int | None = None
         self._turn = 0
         self._over = self._finished = False
@@ -151,22 +131,6 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
         """The scripted expert's next action from the present state (set ``has_expert`` to True)."""
         raise EnvironmentContractError(f"{type(self).__name__} has no scripted expert (has_expert is False).")
 
-    def check_row(self, row: TaskRow) -> None:
-        """Raise UserError for a row of a task file that cannot be a task; override to ask for more."""
-        if missing := [name for name in self.row_fields if not row.holds(name)]:
-            raise DataError(f"the field `{missing[0]}` is missing, which {type(self).__name__} needs.")
-        if self.row_fields:
-            return
-        if "task_id" not in row.metadata:
-            raise DataError(
-                f"{type(self).__name__} makes its own tasks; a row selects one of them by `metadata: "
-                '{"task_id": ..., "split": ...}` (without a split: the row\'s), and `task_id` is missing.'
-            )
-        own = row.own_task()
-        self._require_task(own)
-        if own.split == "test" and row.split != "test":
-            raise DataError(f"a task of {type(self).__name__}'s test split must stay in split 'test'.")
-
     def call(self, call: ToolCall) -> str:
         """Run one call; override to put something before every call, such as a time-out."""
         if call.name not in self._tools:
@@ -182,12 +146,6 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
         """Called by a tool or ``on_text``: the episode ends with this action."""
         self._finished = True
 
-    def task_number(self, task: Task) -> int:
-        """The task's place among those of all splits, in the order of ``split_sizes``: a task generator that
-        makes task after task from it has no task in two splits."""
-        before = itertools.takewhile(lambda split: split != task.split, self.split_sizes)
-        return sum(self.split_sizes[split] for split in before) + int(task.id)
-
     def abandon(self) -> None:
         """Called from another thread when an answer did not come in time and is no longer waited for."""
 
@@ -198,30 +156,9 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
         return tuple(tool.spec for tool in self._tools.values())
 
     @property
-    def task(self) -> Task:
-        """The present task: with a task file, for an environment that makes its own tasks, the one of those
-        that the row selects. Raises gymnasium's ResetNeeded before the first reset."""
-        return self.listed_task if self._row is None or self.row_fields else self._row.own_task()
-
-    @property
-    def listed_task(self) -> Task:
-        """The present task by its place in ``split_sizes``, which is what ``reset`` takes. Raises gymnasium's
-        ResetNeeded before the first reset."""
-        if self._task is None:
-            raise gymnasium.error.ResetNeeded(f"{type(self).__name__}: call reset() first.")
-        return self._task
-
-    @property
     def reset_seed(self) -> int | None:
         """What the present episode was reset with; None where it was not, or has left its own noise."""
         return self._reset_seed
-
-    @property
-    def row(self) -> TaskRow:
-        """The present task's row of the task file. Raises UserError where there is no file."""
-        if self._row is None:
-            raise self._no_tasks()
-        return self._row
 
     @property
     def turn(self) -> int:
@@ -335,8 +272,12 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
 
     def fork(self, reseed: int | None = None) -> Self:
         """A new environment at the present state; see ``restore`` for ``reseed``."""
-        twin = self.spawn()
-        twin.restore(self.snapshot(), reseed)
+        saved, twin = self.snapshot(), self.spawn()
+        try:
+            twin.restore(saved, reseed)
+        except BaseException:
+            twin.close()
+            raise
         return twin
 
     def spawn(self) -> Self:
@@ -348,22 +289,6 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
             twin.use_tasks(self.tasks)
         return twin
 
-    def use_tasks(self, tasks: TaskFile) -> None:
-        """Take the tasks from a file; once, before the first reset. Raises DataError for a row that does
-        not fit, naming file, row and field."""
-        tasks.check(f"{type(self).__module__}.{type(self).__qualname__} {self._arguments}", self.check_row)
-        self.tasks, self.split_sizes = tasks, tasks.split_sizes
-
-    def split_size(self, split: str) -> int:
-        """How many tasks a split has. Raises UserError for a split that does not exist."""
-        if self.tasks is not None:
-            return self.tasks.size(split)
-        if not self.split_sizes:
-            raise self._no_tasks()
-        if split not in self.split_sizes:
-            raise UnknownName(f"split of {type(self).__name__}", split, self.split_sizes, "opd-agents envs")
-        return self.split_sizes[split]
-
     # ---- inside ----
 
     def _begin(self) -> str:
@@ -372,35 +297,6 @@ class AgentEnv(gymnasium.Env[str, str], ABC):
         if self.fork_mode == "replay":
             self._actions, self._digests = [], [self.state_digest()]
         return prompt
-
-    def _set_task(self, task: Task) -> None:
-        self._task = task
-        self._row = None if self.tasks is None else self.tasks.row(task)
-
-    def _choose_task(self, options: dict[str, Any]) -> Task:
-        split = str(options.pop("split", next(iter(self.split_sizes), "train")))
-        task_id = options.pop("task_id", None)
-        if options:
-            raise UserError(f"reset() knows no option {', '.join(options)}: options are task_id and split.")
-        size = self.split_size(split)
-        if task_id is None:
-            return Task(str(self.np_random.integers(size)), split)
-        task = Task(str(task_id), split)
-        if self.tasks is not None and not task.id.isdecimal():
-            task = Task(self.tasks.find(split, task.id) or task.id, split)
-        self._require_task(task)
-        return task
-
-    def _require_task(self, task: Task) -> None:
-        size, name = self.split_size(task.split), task.id
-        if not (name.isdecimal() and str(int(name)) == name and int(name) < size):
-            raise UserError(f"No task {name!r} in split {task.split!r}: its tasks are '0' to '{size - 1}'.")
-
-    def _no_tasks(self) -> UserError:
-        return UserError(
-            f"{type(self).__name__} has no task file: give one in `options: {{tasks: PATH}}`, by "
-            "`--option tasks=PATH`, or opd.make(id, tasks=PATH)."
-        )
 
     def _act(self, action: str) -> _Reply:
         if self.text_only:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -36,11 +37,18 @@ class Host:
         self._step_timeout, self._episode_timeout = step_timeout, episode_timeout
         self._spent = 0.0
         self._late = False
-        self._thread = _Thread() if step_timeout or episode_timeout else None
+        self._thread: _Thread | None = None
 
     def make(self, make: Callable[[], AgentEnv]) -> AgentEnv:
         """Raises what ``make`` raises, and TimeoutError."""
-        self.env = self.call(make)
+        if self._step_timeout or self._episode_timeout:
+            self._thread = _Thread()
+        made = self.submit(make)
+        try:
+            self.env = self.result(made)
+        except BaseException:  # too late or interrupted: it may be made yet
+            made.future.add_done_callback(_close_made)
+            raise
         if self._thread is None and self.env.runs_in != "main":
             self._thread = _Thread()
         return self.env
@@ -87,6 +95,17 @@ class Host:
             if self._thread is not None:
                 self._thread.stop()
 
+    def leave(self) -> None:
+        """As ``close``, but wait for nothing: whatever the environment is doing is of no use any more."""
+        if self.env is not None and self._thread is None:
+            with contextlib.suppress(Exception, SystemExit):
+                self.env.close()
+        elif self.env is not None and self._thread is not None:
+            self.env.abandon()
+            self._thread.submit(self.env.close)
+        if self._thread is not None:
+            self._thread.stop()
+
     def _patience(self) -> tuple[float | None, str]:
         """The seconds that the next call may take, and what to say when they are over."""
         step, episode = self._step_timeout, self._episode_timeout
@@ -122,10 +141,15 @@ class _Thread:
                 future.set_exception(error)
 
 
+def _close_made(made: Future[tuple[AgentEnv, float]]) -> None:
+    if made.exception() is None:
+        made.result()[0].close()
+
+
 def _done(function: Callable[[], R]) -> Future[R]:
     future: Future[R] = Future()
     try:
         future.set_result(function())
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         future.set_exception(error)
     return future

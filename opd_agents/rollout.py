@@ -85,9 +85,7 @@ class Limits:
 class _Live:
     """One episode: made, begun, then stepped until it has an outcome."""
 
-    def __init__(
-        self, episode: Episode, make: Callable[..., AgentEnv], chat: Chat | None, limits: Limits
-    ) -> None:
+    def __init__(self, episode: Episode, chat: Chat | None, limits: Limits) -> None:
         self.episode, self.chat, self.limits = episode, chat, limits
         self.turns: list[Turn] = []
         self.opening: tuple[Message, ...] = ()
@@ -100,6 +98,9 @@ class _Live:
         self.error: str | None = None
         self.digest = ""
         self.host = Host(limits.step_timeout, limits.episode_timeout)
+
+    def make(self, make: Callable[..., AgentEnv]) -> None:
+        episode = self.episode
         self._guard(lambda: self.host.make(lambda: make(episode.env_id, **episode.env_kwargs)))
 
     @property
@@ -166,7 +167,8 @@ class _Live:
             self.limits.action_room(self.turns),
         )  # fmt: skip
         messages = (*self.opening, *(Message("tool", turn.observation) for turn in self.turns))
-        return History(self.episode.uid, self.episode.stream, self.ids, messages, most, self.env)
+        episode, ask = self.episode, self.host.call
+        return History(episode.uid, episode.stream, self.ids, messages, most, self.env, ask)
 
     def over_budget(self) -> bool:
         """End the episode as unfinished when no room is left for another action."""
@@ -218,7 +220,7 @@ class _Live:
             function()
         except (AlignmentError, ConfigError):
             raise
-        except Exception as error:  # the boundary: whatever an environment raises is this episode's data
+        except (Exception, SystemExit) as error:  # whatever an environment raises is its episode's data
             self.outcome = Outcome.ERROR
             self.error = self.error or f"{type(error).__name__}: {error}"
 
@@ -323,7 +325,8 @@ def check_conversation(
     Raises ConfigError where the chat's template cannot carry this environment's messages or knows no tools,
     or the first prompt leaves no room for an action. An environment that fails is the rollout's matter.
     """
-    live = _Live(episode, make, chat, limits)
+    live = _Live(episode, chat, limits)
+    live.make(make)
     try:
         if live.outcome is None:
             live.begin()()
@@ -356,37 +359,49 @@ def rollout(
 
     ``temperature`` is recorded with each trajectory. ``on_finished`` is called once per episode as it ends.
     """
-    waiting = deque(_Live(episode, make, chat, limits) for episode in episodes)
-    running: list[_Live] = []
+    waiting, running = deque(_Live(episode, chat, limits) for episode in episodes), list[_Live]()
     results: dict[str, Trajectory] = {}
-    while waiting or running:
-        fresh = _admitted(waiting, running, limits.max_live)
-        _together([one.begin for one in fresh if one.outcome is None])
-        running += fresh
+    try:
+        while waiting or running:
+            fresh = _admit(waiting, running, make, limits.max_live)
+            _together([one.begin for one in fresh if one.outcome is None])
+            for one in running:
+                if one.outcome is not None or one.over_budget():
+                    results[one.episode.uid] = one.finish(temperature)
+                    on_finished(results[one.episode.uid])
+            ended = len(running)
+            running = [one for one in running if one.outcome is None]
+            if waiting and len(running) < ended:
+                continue  # there may be room for more
+            actions = policy.act([one.history() for one in running]) if running else []
+            _together([partial(one.step, action) for one, action in zip(running, actions, strict=True)])
+    except BaseException:  # an interrupt, or a policy that fails: what it leaves behind must end, too
         for one in running:
-            if one.outcome is not None or one.over_budget():
-                results[one.episode.uid] = one.finish(temperature)
-                on_finished(results[one.episode.uid])
-        ended = len(running)
-        running = [one for one in running if one.outcome is None]
-        if waiting and len(running) < ended:
-            continue  # there may be room for more
-        actions = policy.act([one.history() for one in running]) if running else []
-        _together([partial(one.step, action) for one, action in zip(running, actions, strict=True)])
+            if one.episode.uid not in results:
+                one.host.leave()
+        raise
     return [results[episode.uid] for episode in episodes]
 
 
-def _admitted(waiting: deque[_Live], running: Sequence[_Live], max_live: int | None) -> list[_Live]:
-    """Those of ``waiting``, taken out, that may begin beside ``running``, first come, first served."""
+def _admit(
+    waiting: deque[_Live], running: list[_Live], make: Callable[..., AgentEnv], max_live: int | None
+) -> list[_Live]:
+    """Make those of ``waiting`` that may live beside ``running``, first come, first served, and put them
+    there; returns them. How many of an id may live is known from the last one made."""
     live = Counter(one.episode.env_id for one in running)
+    most = {one.episode.env_id: max_live or one.env.max_live for one in running}
     fresh: list[_Live] = []
     for one in [waiting.popleft() for _ in range(len(waiting))]:
-        most = one.outcome is None and (max_live or one.env.max_live)  # one that could not be made just ends
-        if most and live[one.episode.env_id] >= most:
+        id = one.episode.env_id
+        if live[id] and live[id] >= (most[id] or sys.maxsize):
             waiting.append(one)
             continue
-        live[one.episode.env_id] += 1
+        running.append(one)
         fresh.append(one)
+        one.make(make)
+        if one.outcome is None:  # one that could not be made just ends
+            live[id] += 1
+            most[id] = max_live or one.env.max_live
     return fresh
 
 

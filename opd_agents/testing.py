@@ -65,6 +65,8 @@ def _check_declarations(env: AgentEnv) -> None:
     _require(
         bool(env.split_sizes), "split_sizes is empty; if the tasks come from a file, give it: tasks=PATH"
     )
+    _require(env.runs_in in ("main", "thread", "process"), f"runs_in is {env.runs_in!r}")
+    _require(env.max_live is None or env.max_live >= 1, f"max_live is {env.max_live}")
     for split, size in env.split_sizes.items():
         _require(size >= 1, f"split {split!r} has {size} tasks")
     _require(env.max_turns >= 1, f"max_turns is {env.max_turns}")

@@ -145,7 +145,7 @@ class Conditioner:
     def _expert_on(self, env_id: str, env_kwargs: str, task: Task, seed: int) -> str | None:
         if env_id == RECORDED:
             return None
-        return _played(partial(envs.make, env_id, **json.loads(env_kwargs)), task, seed, self._limits)
+        return _played(partial(envs.launch, env_id, **json.loads(env_kwargs)), task, seed, self._limits)
 
     def _edit_of(self, trajectory: Trajectory, context: str) -> Edit:
         tools = self._tools(trajectory.env_id, to_json(trajectory.env_kwargs))

@@ -1,6 +1,7 @@
 """The browser tool: what it makes of a page, and that nothing about a page stops it."""
 
 import contextlib
+import gc
 import http.server
 import os
 import signal
@@ -183,6 +184,19 @@ def test_a_script_without_end_is_ended(folder: Path) -> None:
     with pytest.raises(ToolError, match="the page is closed"):
         page.observe()
     page.close()
+
+
+@real
+@pytest.mark.filterwarnings("error")  # a coroutine that nothing awaits is a warning
+def test_a_closed_page_answers(folder: Path) -> None:
+    page = open_page(allowed=[str(folder)])
+    page.goto(f"file://{folder}/page.html")
+    page.observe()
+    page.close()
+    for act in (lambda: page.click(1), lambda: page.press("Enter"), lambda: page.scroll("up")):
+        with pytest.raises(ToolError, match="the page is closed"):
+            act()
+    gc.collect()
 
 
 @real

@@ -153,6 +153,14 @@ class Empty(Counter):
     split_sizes: ClassVar = {"train": 0}
 
 
+class Nowhere(Counter):
+    runs_in: ClassVar = "proces"
+
+
+class Never(Counter):
+    max_live: ClassVar = 0
+
+
 @pytest.mark.parametrize(
     ("cls", "message"),
     [
@@ -171,6 +179,8 @@ class Empty(Counter):
         (Terminating, "must truncate, not terminate"),
         (Weak, "the expert fails task '0' of split 'train'"),
         (Empty, "split 'train' has 0 tasks"),
+        (Nowhere, "runs_in is 'proces'"),
+        (Never, "max_live is 0"),
     ],
 )
 def test_broken_environments_are_told_what_is_broken(cls: type[Counter], message: str) -> None:

@@ -215,6 +215,38 @@ def test_trials_have_noise_of_their_own_and_the_same_stream_repeats_them(failed,
     assert any(0 < one.success_repair < 1 for one in repairs)
 
 
+def test_an_environment_that_fails_takes_no_other_correction_with_it(failed, desk_chat, monkeypatch):
+    student, teacher = careless(desk_chat), perfect(desk_chat)
+    whole = repair(failed, student, teacher, desk_chat)
+    broken, replayed = whole[0].parent.task, OrderDesk.replay
+
+    def failing(env, actions, digests):
+        if env.task == broken:
+            raise ConnectionError("the server is gone")
+        replayed(env, actions, digests)
+
+    monkeypatch.setattr(OrderDesk, "replay", failing)
+    with pytest.warns(UserWarning, match="no correction, its environment failed: ConnectionError"):
+        rest = repair(failed, student, teacher, desk_chat)
+    assert {one.parent.uid for one in rest} == {one.parent.uid for one in whole[1:]}
+
+
+def test_an_environment_that_fails_in_a_trial_is_no_evidence(failed, desk_chat, monkeypatch):
+    """Else a teacher's action that changes nothing would look better than the student's."""
+    student = careless(desk_chat)
+    whole = repair(failed, student, perfect(desk_chat), desk_chat)
+    step, fails = OrderDesk.step, [CLOSE]
+
+    def failing(env, action):
+        if action in fails:
+            raise ConnectionError("the server is gone")
+        return step(env, action)
+
+    monkeypatch.setattr(OrderDesk, "step", failing)
+    assert all(one.accepted for one in whole)
+    assert not any(one.accepted for one in repair(failed, student, perfect(desk_chat), desk_chat))
+
+
 def test_every_environment_is_closed(failed, desk_chat, monkeypatch):
     made, closed = [], []
     init, close = OrderDesk.__init__, OrderDesk.close

@@ -251,6 +251,22 @@ def test_recorded_actions_replay_with_verification() -> None:
         other.replay((ROLL, ADD_2), digests)
 
 
+def test_a_fork_that_fails_leaves_no_environment() -> None:
+    closed = []
+
+    class Stubborn(Counter):
+        def set_state(self, state: Any) -> None:
+            raise OSError("no container")
+
+        def close(self) -> None:
+            closed.append(self)
+
+    env = started(Stubborn())
+    with pytest.raises(OSError, match="no container"):
+        env.fork()
+    assert len(closed) == 1 and closed[0] is not env
+
+
 def test_environments_that_cannot_fork_say_so() -> None:
     class Fixed(Counter):
         fork_mode: ClassVar = "none"

@@ -222,8 +222,9 @@ def test_a_branch_goes_on_in_the_history_that_it_inherits(settings, history):
         old = one.turns[k]
         action = Action(old.actor, old.stop_reason, old.action_ids, old.logprobs)
         start = Start(
-            env.snapshot(), Branch("a", k), one.turns[:k], one.messages, old.context_ids, old.starts_segment, action
-        )
+            env.snapshot(), Branch("a", k), one.turns[:k], one.messages, old.context_ids,
+            old.starts_segment, action,
+        )  # fmt: skip
         (again,) = rollout(
             [dataclasses.replace(episode("b"), start=start)], Raw(chat, *texts), make=make, chat=chat,
             limits=WIDE, temperature=1.0,

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -20,6 +21,7 @@ from opd_agents.types import Actor, Branch, Message, Outcome, SpanKind, StopReas
 
 ADD = '{"name":"add","arguments":{"number":1}}'
 STOP = '{"name":"stop","arguments":{}}'
+ROLL = '{"name":"roll","arguments":{}}'
 
 
 class Watched(Counter):
@@ -473,6 +475,68 @@ def test_no_more_environments_live_than_may(cls, limits, most):
     )  # fmt: skip
     assert [t.uid for t in played] == uids and all(t.success for t in played)
     assert Waiting.peak == most and not Waiting.live and sorted(ended) == uids
+
+
+@pytest.mark.parametrize("limits", [Limits(max_live=4), Limits(max_live=4, step_timeout=60.0)])
+def test_many_episodes_wait_without_an_environment_or_a_thread(limits):
+    """How many live at once changes nothing of what they do."""
+    threads, made = [], []
+
+    def make(id):
+        made.append(id)
+        return Counter()
+
+    def wander(history):
+        threads.append(threading.active_count())
+        return ROLL if history.random().random() < 0.6 else STOP
+
+    n = 400 if limits.step_timeout is None else 100
+    episodes = [
+        Episode(uid=str(i), env_id="counter", seed=i, task=Task(str(i % 40), "train"), stream=(0, 0, i))
+        for i in range(n)
+    ]
+    before = threading.active_count()
+    play = partial(rollout, policy=Scripted(wander), make=make, chat=None, temperature=1.0)
+    few = play(episodes, limits=limits)
+    assert max(threads) <= before + 8 and len(made) == n
+    assert few == play(episodes, limits=Limits())
+
+
+@pytest.mark.parametrize("limits", [LIMITS, TIMED], ids=["direct", "timed"])
+def test_what_ends_a_rollout_leaves_no_environment(limits):
+    def act(history):
+        if len(history.messages) > 3:
+            raise KeyboardInterrupt
+        return ADD
+
+    with pytest.raises(KeyboardInterrupt):
+        count([counter(str(i)) for i in range(3)], Scripted(act), limits=limits)
+    give_up = time.monotonic() + 5
+    while not all(env.closed for env in Watched.made) and time.monotonic() < give_up:
+        time.sleep(0.01)
+    assert [env.closed for env in Watched.made] == [1, 1, 1]
+
+
+def test_an_environment_that_exits_does_not_end_the_program():
+    class Exiting(Counter):
+        def step(self, action):
+            sys.exit(3)
+
+    for limits in (LIMITS, TIMED):
+        (one,) = rollout(
+            [counter("a")], SOLVE, make=lambda id: Exiting(), chat=None, limits=limits, temperature=1.0
+        )
+        assert one.error == "SystemExit: 3"
+
+
+def test_an_environment_that_is_made_too_late_is_closed():
+    count([counter("a", fails="hang in make")], SOLVE, limits=TIMED)
+    (late,) = Watched.made
+    Watched.stuck.set()
+    give_up = time.monotonic() + 5
+    while not late.closed and time.monotonic() < give_up:
+        time.sleep(0.01)
+    assert late.closed == 1
 
 
 def test_what_an_episode_takes_in_all_is_bounded():

@@ -54,6 +54,24 @@ def curated(tmp_path: Path) -> str:
     return write(tmp_path / "desk.jsonl", rows)
 
 
+class Numbered(Counter):
+    """Each task's content is made from its number."""
+
+    def begin(self, task: Task) -> str:
+        super().begin(task)
+        return f"Task {self.task_number(task)}."
+
+
+def test_a_file_that_selects_tasks_changes_none(tmp_path: Path) -> None:
+    plain, chosen = Numbered(), Numbered()
+    rows = [{"metadata": {"task_id": 3, "split": split}, "split": split} for split in ("test", "train")]
+    chosen.use_tasks(load_tasks(write(tmp_path / "rows.jsonl", rows)))
+    for split in ("test", "train"):
+        whole = plain.reset(options={"split": split, "task_id": "3"})[0]
+        assert chosen.reset(options={"split": split, "task_id": "0"})[0] == whole
+    assert chosen.spawn().reset(options={"split": "test", "task_id": "0"})[0] == "Task 43."
+
+
 class Adding(Counter):
     """A world that is built from the row, by tools."""
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from typing import Any, ClassVar
 
@@ -73,8 +74,9 @@ class ProcessCounter(Counter):
     runs_in: ClassVar = "process"
     has_expert: ClassVar = True
 
-    def __init__(self, offset: int = 3) -> None:
+    def __init__(self, offset: int = 3, slow: float = 0.0) -> None:
         super().__init__(offset)
+        self.slow = slow  # seconds that the expert thinks in its second turn
         self._tools |= {tool.spec.name: tool for tool in map(Tool.from_function, [self.die, self.hang])}
 
     def die(self) -> str:
@@ -89,12 +91,20 @@ class ProcessCounter(Counter):
     def step(self, action: str) -> Any:
         if action == "raise":
             raise Unpicklable(lambda: None)
+        if action == "leave a child":
+            if os.fork():
+                os._exit(9)
+            time.sleep(60)
+        if action == "exit":
+            sys.exit(3)
         return super().step(action)
 
     def success(self) -> float | bool:
         return self.value == self.target
 
     def expert_action(self) -> str:
+        if self.turn == 1:
+            time.sleep(self.slow)
         if self.value == self.target:
             return '{"name":"stop","arguments":{}}'
         return json.dumps({"name": "add", "arguments": {"number": self.target - self.value}})

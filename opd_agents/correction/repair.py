@@ -9,7 +9,9 @@ failed episode itself is no evidence.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +25,8 @@ from opd_agents.chat import Chat
 from opd_agents.config import Correction
 from opd_agents.distributed import ALONE, World
 from opd_agents.envs import AgentEnv, Snapshot
-from opd_agents.errors import ReplayDivergence
+from opd_agents.errors import NotForkable, ReplayDivergence
+from opd_agents.hosting import Host
 from opd_agents.policies.base import Action, History, Policy
 from opd_agents.rollout import Episode, Limits, Start, rollout, segment_ids
 from opd_agents.types import Branch, Outcome, StopReason, Task, Trajectory, Turn
@@ -149,24 +152,67 @@ def _propose(
     chat: Chat,
     limits: Limits,
 ) -> list[_Proposal | None]:
-    """Restore each state and let the teacher act in it; None for a repair that would change nothing."""
-    restored = [(parent, turn, restore(parent, turn, make)) for parent, turn in chosen]
-    histories = [
-        History(parent.uid, (0, 0, 0), _ids_before(parent, turn), parent.messages, most, env)
-        for parent, turn, env in restored
-        for most in [min(limits.max_tokens_per_turn, limits.action_room(parent.turns[:turn]))]
-    ]
-    proposals: list[_Proposal | None] = []
-    for (parent, turn, env), history, action in zip(restored, histories, teacher.act(histories), strict=True):
-        text = chat.parse(
-            action.ids, ended=True, context_ids=history.ids, tools=env.tools, text_only=env.text_only
-        ).action
-        if action.stop_reason is StopReason.END and text != parent.turns[turn].action:
-            proposals.append(_Proposal(parent, turn, env.snapshot(), action, text))
-        else:
-            proposals.append(None)
-        env.close()
-    return proposals
+    """Restore each state and let the teacher act in it; None for a repair that would change nothing, and
+    where the environment fails."""
+    size = limits.max_live or len(chosen)
+    if len(chosen) > size:
+        parts = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+        return [one for part in parts for one in _propose(part, teacher, make, chat, limits)]
+    hosts = [_restored(parent, turn, make, limits) for parent, turn in chosen]
+    try:
+        histories = [
+            History(parent.uid, (0, 0, 0), _ids_before(parent, turn), parent.messages, most, host.env)
+            for (parent, turn), host in zip(chosen, hosts, strict=True)
+            if host is not None and host.env is not None
+            for most in [min(limits.max_tokens_per_turn, limits.action_room(parent.turns[:turn]))]
+        ]
+        acted = iter(zip(histories, teacher.act(histories), strict=True) if histories else ())
+        return [
+            None if host is None else _proposal(parent, turn, host, *next(acted), chat)
+            for (parent, turn), host in zip(chosen, hosts, strict=True)
+        ]
+    finally:
+        for host in filter(None, hosts):
+            with contextlib.suppress(Exception, SystemExit):
+                host.close()
+
+
+def _restored(parent: Trajectory, turn: int, make: Callable[..., AgentEnv], limits: Limits) -> Host | None:
+    """The environment in the state before ``turn``; None, with a warning, where it fails."""
+    seconds = limits.episode_timeout or (limits.step_timeout and limits.step_timeout * (turn + 1))
+    host = Host(None, seconds)
+    try:
+        env = host.make(lambda: make(parent.env_id, **parent.env_kwargs))
+        host.call(lambda: _replay(parent, turn, env))
+    except BaseException as error:
+        host.leave()
+        _may_fail(error, parent)
+        return None
+    return host
+
+
+def _proposal(
+    parent: Trajectory, turn: int, host: Host, history: History, action: Action, chat: Chat
+) -> _Proposal | None:
+    env = history.env
+    text = chat.parse(
+        action.ids, ended=True, context_ids=history.ids, tools=env.tools, text_only=env.text_only
+    ).action
+    if action.stop_reason is not StopReason.END or text == parent.turns[turn].action:
+        return None
+    try:
+        return _Proposal(parent, turn, host.call(env.snapshot), action, text)
+    except Exception as error:
+        _may_fail(error, parent)
+        return None
+
+
+def _may_fail(error: BaseException, parent: Trajectory) -> None:
+    """What an environment does ends no run, unless it is one that cannot be corrected at all."""
+    if isinstance(error, ReplayDivergence | NotForkable) or not isinstance(error, Exception | SystemExit):
+        raise error
+    problem = f"{type(error).__name__}: {error}"
+    warnings.warn(f"{parent.uid}: no correction, its environment failed: {problem}", stacklevel=2)
 
 
 def restore(parent: Trajectory, turn: int, make: Callable[..., AgentEnv]) -> AgentEnv:
@@ -175,6 +221,11 @@ def restore(parent: Trajectory, turn: int, make: Callable[..., AgentEnv]) -> Age
     Raises ReplayDivergence where a recorded digest is not met.
     """
     env = make(parent.env_id, **parent.env_kwargs)
+    _replay(parent, turn, env)
+    return env
+
+
+def _replay(parent: Trajectory, turn: int, env: AgentEnv) -> None:
     env.reset(seed=parent.seed, options={"task_id": parent.task.id, "split": parent.task.split})
     if env.state_digest() != parent.turns[0].state_digest:
         raise ReplayDivergence(
@@ -182,7 +233,6 @@ def restore(parent: Trajectory, turn: int, make: Callable[..., AgentEnv]) -> Age
         )
     actions = [t.action for t in parent.turns[:turn]]
     env.replay(actions, [t.state_digest for t in parent.turns[1 : turn + 1]])
-    return env
 
 
 def _ids_before(parent: Trajectory, turn: int) -> tuple[int, ...]:
@@ -224,9 +274,11 @@ def _judge(
     proposal: _Proposal, repaired: Sequence[Trajectory], original: Sequence[Trajectory], min_gain: float
 ) -> Repair:
     turn = proposal.turn
-    success_repair = sum(t.success for t in repaired) / len(repaired)
-    success_student = sum(t.success for t in original) / len(original)
-    accepted = success_repair - success_student >= min_gain
+    success_repair, success_student = _success(repaired), _success(original)
+    if success_repair is None or success_student is None:
+        accepted = False
+    else:
+        accepted = success_repair - success_student >= min_gain
     # the student arm repeats an action that is paid already; the teacher's is counted once
     resumed = sum(_new_tokens(t.turns[turn + 1 :]) for t in (*repaired, *original))
     return Repair(
@@ -234,12 +286,18 @@ def _judge(
         turn=turn,
         teacher_action=proposal.teacher_action,
         trials=len(repaired),
-        success_student=success_student,
-        success_repair=success_repair,
+        success_student=success_student or 0.0,
+        success_repair=success_repair or 0.0,
         accepted=accepted,
         branch=next(t for t in repaired if t.success) if accepted else None,
         tokens=resumed + proposal.teacher.n_sampled,
     )
+
+
+def _success(arm: Sequence[Trajectory]) -> float | None:
+    """The share that succeeds; an environment that failed is evidence of nothing."""
+    played = [t.success for t in arm if t.outcome is not Outcome.ERROR]
+    return sum(played) / len(played) if played else None
 
 
 def _new_tokens(turns: Sequence[Turn]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,7 +19,8 @@ class History:
 
     ``ids`` are all tokens so far, the generation prompt included (empty without a chat); ``stream`` is
     (seed, step, episode): with the token position it keys every random draw, so that sampling does not
-    depend on batching or on a resume. ``env`` is the live environment, for the scripted expert.
+    depend on batching or on a resume. ``env`` is the live environment, for the scripted expert; ``ask`` calls
+    something of it where it runs, within its time-outs.
     """
 
     uid: str
@@ -28,6 +29,7 @@ class History:
     messages: tuple[Message, ...]
     max_tokens: int
     env: AgentEnv
+    ask: Callable[[Callable[[], str]], str] = lambda function: function()
 
     def random(self, purpose: int = 0) -> np.random.Generator:
         """Counter-based uniforms of this episode from this token position on (Philox), a stream a purpose."""
@@ -70,13 +72,17 @@ class ExpertPolicy:
     """The environment's own scripted expert, which reads the true state."""
 
     def act(self, histories: Sequence[History]) -> list[Action]:
-        return [_expert_action(history.env) for history in histories]
+        return [_expert_action(history) for history in histories]
 
 
-def _expert_action(env: AgentEnv) -> Action:
+def _expert_action(history: History) -> Action:
     try:
-        return Action(Actor.EXPERT, StopReason.NOT_SAMPLED, text=env.expert_action())
-    except Exception as error:  # an environment's, like one of its step(): it ends its own episode
+        text = history.ask(history.env.expert_action)
+        return Action(Actor.EXPERT, StopReason.NOT_SAMPLED, text=text)
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # an environment's, like one of its step(): it ends its own episode
         failure = f"the scripted expert failed: {type(error).__name__}: {error}"
         return Action(Actor.EXPERT, StopReason.NOT_SAMPLED, failure=failure)
 

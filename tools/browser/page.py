@@ -145,6 +145,8 @@ class Page:
             await action
             await self._tab.settle()
 
+        if self._closed:
+            action.close()  # nothing will begin it
         self._run(act_and_settle())
 
     def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
