@@ -31,7 +31,7 @@ quickstart: $(call stamp,)
 test: $(call stamp,$(TEST_EXTRAS))
 	$(BIN)/python -m pytest $(ARGS)
 
-test-all: $(call stamp,dev,all)
+test-all: $(call stamp,dev$(comma)all$(comma)textworld)
 	@set -o pipefail; \
 	{ echo "make test-all on $$(date +%F), Python $$($(BIN)/python -c 'import platform as p; print(p.python_version(), p.system(), p.machine())')"; \
 	  $(BIN)/python -m pytest -q --no-header --disable-warnings --durations=15 -m "" $(ARGS); } | tee docs/test-all.txt

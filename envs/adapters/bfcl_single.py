@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, ClassVar
 
 from opd_agents.envs.actions import format_calls
@@ -31,9 +32,7 @@ class BfclSingle(AgentEnv):
         """``categories``: of CATEGORIES, none for all. The benchmark is all "test"; ``divide`` makes splits
         of it for training, tasks with one wording together. Raises MissingPart."""
         super().__init__([])
-        names = chosen(categories, CATEGORIES, "BfclSingle")
-        tasks = [task for name in names for task in rows(name)]
-        self._splits = divided(((str(task["question"]), task) for task in tasks), divide)
+        self._splits = _splits(chosen(categories, CATEGORIES, "BfclSingle"), divide)
         self.split_sizes = {split: len(found) for split, found in self._splits.items()}
         self._entry: dict[str, Any] = {}
         self._calls: list[ToolCall] = []
@@ -92,3 +91,9 @@ class BfclSingle(AgentEnv):
 
     def details(self) -> dict[str, Any]:
         return {"entry": self._entry["id"]}
+
+
+@cache  # thousands of rows, and an environment is made for every episode
+def _splits(categories: Sequence[str], divide: bool) -> dict[str, list[dict[str, Any]]]:
+    tasks = [task for name in categories for task in rows(name)]
+    return divided(((str(task["question"]), task) for task in tasks), divide)

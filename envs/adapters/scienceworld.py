@@ -6,7 +6,7 @@ import re
 from typing import Any, ClassVar
 
 from opd_agents.envs.actions import format_calls
-from opd_agents.envs.adapters.scienceworld_java import MAX_LIVE, TIMEOUT, Simulator, give_back, require, take
+from opd_agents.envs.adapters.scienceworld_java import MAX_LIVE, Simulator, give_back, require, take
 from opd_agents.envs.adapters.scienceworld_tasks import SPLITS, VARIATIONS, variations
 from opd_agents.envs.base import AgentEnv
 from opd_agents.errors import EnvironmentCrashed, UnknownName, UserError
@@ -25,7 +25,6 @@ SYSTEM = (
     "OBJ in OBJ, mix OBJ, use OBJ on OBJ, activate OBJ, deactivate OBJ, connect OBJ to OBJ, disconnect OBJ, "
     "read OBJ, eat OBJ, flush OBJ, focus on OBJ, wait (10 moments), wait1 (one)."
 )
-GOLD_TIMEOUT = 600.0  # seconds: where plants must grow, the simulator's search takes half a minute
 _gold: dict[tuple[str, int, str], list[str]] = {}  # the simulator's solutions, found once: it takes seconds
 
 
@@ -68,7 +67,7 @@ class ScienceWorld(AgentEnv):
             self._simulator = take()
         self._commands = []
         try:
-            self._load(gold=False)
+            self._load()
             self._observe()
             return f"{self._ask('getTaskDescription')}\n{self._state[1]}"
         except ToolError as error:
@@ -112,15 +111,14 @@ class ScienceWorld(AgentEnv):
     def _variation(self) -> tuple[str, int]:
         return variations(self._tasks, self.task.split)[int(self.task.id)]
 
-    def _ask(self, method: str, *arguments: Any, timeout: float = TIMEOUT) -> Any:
+    def _ask(self, method: str, *arguments: Any) -> Any:
         if self._simulator is None:
             raise ToolError("the environment is closed")
-        return self._simulator.ask(method, *arguments, timeout=timeout)
+        return self._simulator.ask(method, *arguments)
 
-    def _load(self, gold: bool) -> None:
-        timeout = GOLD_TIMEOUT if gold else TIMEOUT
-        self._ask("load", *self._variation, self.simplifications, gold, timeout=timeout)
-        self._ask("reset", timeout=timeout)  # which finds the gold path
+    def _load(self) -> None:
+        self._ask("load", *self._variation, self.simplifications, False)
+        self._ask("reset")
         self._ask("step", "look around")  # before it, score and goals are the last episode's
 
     def _observe(self) -> None:
@@ -132,11 +130,10 @@ class ScienceWorld(AgentEnv):
 
     def _gold_path(self) -> list[str]:
         key = (*self._variation, self.simplifications)
-        if key not in _gold:
-            self._load(gold=True)
-            path = list(self._ask("getGoldActionSequence"))
-            self._load(gold=False)
+        if key not in _gold and self._simulator is not None:
+            path = self._simulator.gold_path(*key)
+            self._load()
             for command in self._commands:  # back to where the episode is
                 self._ask("step", command)
             _gold[key] = path
-        return _gold[key]
+        return _gold.get(key, [])

@@ -15,8 +15,9 @@ from opd_agents.plugins import need
 from opd_agents.tools import ToolError
 
 TIMEOUT = 30.0  # seconds for one answer, which takes milliseconds
-SPARE = 2  # machines kept for the next episodes: one takes two seconds to start
+GOLD_TIMEOUT = 900.0  # where plants must grow, the search for a solution takes half a minute of an idle core
 MAX_LIVE = 8  # machines of up to half a gibibyte each
+SPARE = MAX_LIVE  # all are kept for the next episodes: one takes two seconds of a core to start
 JAVA = (
     *("-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"),  # quick to start
     # Objects are listed in the order of identity hashes, which are random. All equal, they come in the order
@@ -49,7 +50,8 @@ class Simulator:
         reach = py4j.GatewayParameters(auto_field=True, port=port, auth_token=token)
         gateway = py4j.JavaGateway(gateway_parameters=reach, java_process=process)
         self._stop = weakref.finalize(self, _end, process, gateway)
-        self._server = gateway.jvm.scienceworld.runtime.pythonapi.PythonInterface()
+        self._interface = gateway.jvm.scienceworld.runtime.pythonapi.PythonInterface
+        self._server = self._interface()
         _live.add(self)
 
     @property
@@ -72,6 +74,17 @@ class Simulator:
             raise ToolError(DIED) from error
         finally:
             watchdog.cancel()
+
+    def gold_path(self, task: str, variation: int, simplifications: str) -> list[str]:
+        """The simulator's own solution. What is loaded must be loaded again: simulators of one machine share
+        state. One that looked for a solution looks again at every reset, so another is asked here. Raises
+        ToolError as ``ask``."""
+        usual, self._server = self._server, self._interface()
+        try:
+            self.ask("load", task, variation, simplifications, True, timeout=GOLD_TIMEOUT)
+            return list(self.ask("getGoldActionSequence"))
+        finally:
+            self._server = usual
 
     def close(self) -> None:
         self._stop()

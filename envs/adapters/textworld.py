@@ -47,6 +47,7 @@ class TextWorld(AgentEnv):
     extra: ClassVar[str | None] = "textworld"
     licence: ClassVar[str] = "MIT; GPL-2.0+ (jericho)"
     runs_in: ClassVar[Any] = "process"  # the interpreter of the games is C
+    max_live: ClassVar[int | None] = 8  # processes of about 90 MiB each
     split_sizes = SIZES
     system_prompt = SYSTEM
 
