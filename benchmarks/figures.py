@@ -33,9 +33,10 @@ def markdown(about: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, s
         view.add_row(*row.values())
     known = {key: value for key, value in facts.items() if isinstance(value, int | float | str)}
     told = ", ".join(f"{key} {value}" for key, value in known.items())
-    console = Console(width=120)
+    console = Console(width=240)  # of the table; the text is wrapped earlier
     with console.capture() as captured:
-        console.print(f"{about} One run: {told}.", view)
+        console.print(f"{about} One run: {told}.", width=120)
+        console.print(view)
     return "\n".join(line.strip() for line in captured.get().strip().splitlines()) + "\n"
 
 

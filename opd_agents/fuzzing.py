@@ -42,10 +42,12 @@ def fuzz(
     actions: int,
     seed: int = 0,
     *,
+    tasks: int | None = None,
     slowest: float = 30.0,
-    on_action: Callable[[], None] = lambda: None,
+    on_answer: Callable[[str, str], None] = lambda action, observation: None,
 ) -> Counter[str]:
-    """Send ``actions`` random, malformed, huge and adversarial actions, task after task of the first split.
+    """Send ``actions`` random, malformed, huge and adversarial actions, task after task of the first split,
+    or of its first ``tasks``. ``on_answer`` is given each action with its observation.
 
     Raises EnvironmentContractError for an exception, an answer without an observation while the episode goes
     on, text that no file can hold, and a step that takes more than ``slowest`` seconds. Returns how many
@@ -56,20 +58,23 @@ def fuzz(
     words: list[str] = []
     for _ in range(actions):
         if env.turn >= EPISODE or env.over or not counts:
-            task = str(rng.randrange(size))
-            words = _words(env.reset(seed=rng.randrange(2**31), options={"split": split, "task_id": task})[0])
+            options = {"split": split, "task_id": str(rng.randrange(min(size, tasks or size)))}
+            words = _words(env.reset(seed=rng.randrange(2**31), options=options)[0])
             counts["episodes"] += 1
         action = hostile_action(env.tools, rng, words)
         info, observation = _answer(env, action, slowest)
         words = [*words, *_words(observation)][-200:]
         kinds = ("parse_error", "tool_error")
         counts[next((kind for kind in kinds if info[kind] is not None), "fine")] += 1
-        on_action()
+        on_answer(action, observation)
     return counts
 
 
 def hostile_action(tools: Sequence[ToolSpec], rng: random.Random, words: Sequence[str]) -> str:
-    """A random action: a sensible call, one with senseless arguments, several, broken ones, noise."""
+    """A random action: a sensible call, one with senseless arguments, several, broken ones, noise; without
+    tools a word, something adversarial, noise."""
+    if not tools and rng.random() < 0.9:
+        return str(rng.choice([rng.choice(words or TEXTS), rng.choice(TEXTS), rng.choice(VALUES)]))
     kind = rng.random() if tools else 1.0
     if kind < 0.25:
         return _dumps([random_call(tools, rng, words)])

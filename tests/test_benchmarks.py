@@ -13,10 +13,13 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from opd_agents import cli
+from opd_agents import cli, envs
 from opd_agents.errors import UserError
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+import cases
+import environments
+import fuzz
 import gpu
 import loss
 import rollout as benchmark
@@ -202,3 +205,103 @@ def test_a_step_of_the_gpu_benchmark_on_a_tiny_model() -> None:
     assert whole["tflop"] == pytest.approx(sum(row["tflop"] for row in result["rows"][:-1]))
     assert whole["utilisation"] == pytest.approx(whole["tflop_per_second"] / 0.5)
     assert result["action tokens"] == 2 * 8 * 2 and "| update " in gpu.page(result)
+
+
+WRONG = '''
+import time
+
+import opd_agents as opd
+from opd_agents.envs import AgentEnv
+
+
+class Wrong(AgentEnv):
+    """Raises, hangs, ends the process or tells the time, when it is told to do so."""
+
+    split_sizes = {"train": 3}
+
+    def __init__(self, how: str = "") -> None:
+        super().__init__([self.say])
+        self.how, self.state = how, {}
+
+    def begin(self, task):
+        return "Go on."
+
+    def say(self, word: str) -> str:
+        """Say a word."""
+        match self.how:
+            case "raise":
+                return str([][0])
+            case "hang":
+                time.sleep(60)
+            case "exit":
+                __import__("os")._exit(3)
+            case "clock":
+                return str(time.monotonic())
+        return word.encode(errors="replace").decode()
+
+    def success(self):
+        return False
+
+
+opd.register("wrong/Wrong-v0", "wrong_env:Wrong")
+'''
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("raise", "IndexError: list index out of range; it must be answered"),
+        ("hang", "no answer: Timeout (0:00:0"),
+        ("exit", "exit 3"),
+        ("clock", "answered differently"),
+        ("", None),
+    ],
+)
+def test_the_fuzz_benchmark_tells_what_fails(how: str, told: str | None, tmp_path: Path) -> None:
+    plugin = tmp_path / "wrong_env.py"
+    plugin.write_text(WRONG)
+    case = cases.Case("wrong/Wrong-v0", {"how": how} if how else {})
+    row = fuzz.fresh_process(case, [str(plugin)], actions=60, seconds=30, silence=4 if how == "hang" else 60)
+    if told is None:
+        assert row["actions"] == 60 == row["fine"] + row["tool_error"] + row["parse_error"]
+    else:
+        assert told in row["problem"]
+        assert f"Wrong: {row['problem']}" in fuzz.page({"rows": {"Wrong": row}})
+
+
+def test_the_fuzz_benchmark_keeps_the_rows_of_the_last_run(tmp_path: Path) -> None:
+    for name in ("OrderDesk", "LockChain"):
+        fuzz.main([name], actions=40, seconds=30, plugins=None, as_json=True, out=tmp_path, work=None)
+    rows = json.loads((tmp_path / "fuzz.json").read_text())["rows"]
+    assert {name: row["actions"] for name, row in rows.items()} == {"OrderDesk": 40, "LockChain": 40}
+    assert (tmp_path / "fuzz.md").read_text().count("all answered") == 2
+
+
+def test_every_registered_environment_is_benchmarked(tmp_path: Path) -> None:
+    known = cases.chosen([], tmp_path)
+    ids = {case.id for case in known.values()}
+    assert all("/MiniWoB." in id for id in set(envs.list_envs()) - ids)
+    assert sum("/MiniWoB." in id for id in ids) == 8 and ids <= set(envs.list_envs())
+    with pytest.raises(UserError, match="'OrderDesk'"):
+        cases.chosen(["OrderDsk"], tmp_path)
+
+
+def test_the_environments_benchmark_sends_all_arms_the_same(tmp_path: Path) -> None:
+    def run(case: cases.Case, arm: str, actions: environments.Episodes, seconds: float) -> Any:
+        if arm == "AsyncVectorEnv":  # forks: not in this process, which has threads
+            arm = "SyncVectorEnv"
+        return environments.in_process(case, arm, actions, seconds)
+
+    known = cases.chosen(["OrderDesk", "GymText", "Shop"], tmp_path)
+    known["Shop"] = cases.Case("opd_agents/ShopText-v0", {"level": "nowhere"})  # fails
+    result = environments.measure(known, 1, 0.01, run)
+    assert [(row["name"], row["arm"]) for row in result["rows"]] == [
+        ("OrderDesk", "ours"), ("OrderDesk", "SyncVectorEnv"), ("OrderDesk", "AsyncVectorEnv"),
+        ("GymText", "ours"), ("GymText", "raw"),
+    ]  # fmt: skip
+    assert all(row["steps"]["median"] > 0 for row in result["rows"])
+    assert "nowhere" in result["left_out"]["Shop"]
+    last = {"rows": [{"name": "GymText"}, {"name": "FileDesk"}], "left_out": {}}
+    rows = environments.merged(last, result, list(known))["rows"]
+    assert [row["name"] for row in rows] == ["FileDesk", *["GymText"] * 2, *["OrderDesk"] * 3]
+    assert "| GymText " in environments.page(result) and "Left out: Shop: " in environments.page(result)
