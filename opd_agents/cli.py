@@ -206,16 +206,31 @@ def rollout(
     Example: `opd-agents rollout opd_agents/OrderDesk-v0 --policy expert --watch`
     """
     from opd_agents.evaluation import play
-    from opd_agents.runs import trajectory_row
-    from opd_agents.types import to_json
+    from opd_agents.runs import trajectory_row, write_whole
+    from opd_agents.types import Trajectory, to_json
 
     show = show_episode if watch else show_outcome
-    options = _options(option)
-    played = play(env_id, policy, episodes=episodes, seed=seed, split=split, options=options, watch=show)
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lines = (to_json(trajectory_row(t)) + "\n" for t in played)
-        file.write_text("".join(lines), encoding="utf-8")
+    settings: dict[str, Any] = {
+        "episodes": episodes,
+        "seed": seed,
+        "split": split,
+        "options": _options(option),
+    }
+    if file is None:
+        play(env_id, policy, watch=show, **settings)
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.part")  # in the order in which they end; what an interrupt leaves
+    with part.open("w", encoding="utf-8") as kept:
+
+        def keep(trajectory: Trajectory) -> None:
+            kept.write(to_json(trajectory_row(trajectory)) + "\n")
+            kept.flush()
+            show(trajectory)
+
+        played = play(env_id, policy, watch=keep, **settings)
+    write_whole(file, "".join(to_json(trajectory_row(t)) + "\n" for t in played))
+    part.unlink()
 
 
 @app.command()

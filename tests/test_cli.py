@@ -196,3 +196,26 @@ def test_train_ends_with_what_was_reached(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "run" / "summary.json").read_text())["evaluation"]
     said = f"tiny, validation after step 2: success {100 * result['success']:.1f} %"
     assert said in done.stdout and f"{100 * result['success_greedy']:.1f} % greedy" in done.stdout
+
+
+def test_an_interrupted_rollout_keeps_the_episodes_that_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "played.jsonl"
+    command = ["rollout", DESK, "--policy", "expert", "--episodes", "4", "--out", str(file)]
+    assert run(*command).exit_code == 0
+    whole = file.read_text().splitlines()
+    assert [json.loads(line)["trajectory"]["uid"] for line in whole] == ["0", "1", "2", "3"]
+    assert [path.name for path in tmp_path.iterdir()] == ["played.jsonl"]
+    shown: list[object] = []
+
+    def interrupt(trajectory: object) -> None:
+        shown.append(trajectory)
+        if len(shown) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "show_outcome", interrupt)
+    file.unlink()
+    assert run(*command).exit_code == 1
+    kept = (tmp_path / "played.jsonl.part").read_text().splitlines()
+    assert len(kept) == 3 and set(kept) < set(whole) and not file.exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,11 +23,15 @@ from opd_agents.types import Task
 
 SPLIT_SIZES = {"train": 10_000, "validation": 500, "test": 1_000}
 SCRIPT = Path(__file__).with_name("miniwob.js")
+MAX_LIVE = 16  # tabs of one browser
 SIZE = (500, 320)  # CSS pixels, the package's own; FLIGHT_SIZE for its flight tasks
 FLIGHT_SIZE = (600, 800)
 PARKED = (490, 310)  # beside every task
 READY_SECONDS = 10.0  # that a task may take to set itself up
 OVER = "The task is over."
+
+_idle: dict[tuple[int, int], list[Page]] = {}  # tabs, by size, for the next episodes: a new one takes long
+os.register_at_fork(after_in_child=_idle.clear)  # they are of the parent's browser
 
 
 class MiniWob(AgentEnv):
@@ -40,7 +45,7 @@ class MiniWob(AgentEnv):
 
     fork_mode: ClassVar[ForkMode] = "replay"
     runs_in: ClassVar[RunsIn] = "thread"
-    max_live: ClassVar[int | None] = 16  # tabs of one browser
+    max_live: ClassVar[int | None] = MAX_LIVE
     family: ClassVar[str] = "web"
     extra: ClassVar[str | None] = "web"
     licence: ClassVar[str] = "MIT"
@@ -84,8 +89,10 @@ class MiniWob(AgentEnv):
     def begin(self, task: Task) -> str:
         try:
             self._load(task)
-        except ToolError:  # the browser or the tab died: a new page has a living one
-            self.close()
+        except ToolError:  # the browser or the tab died, and those that wait perhaps with it
+            for page in [self.page, *_idle.pop(self._size, [])]:
+                page.close()
+            self._page = None
             self._load(task)
         return f"{self._utterance}\n{self._seen}"
 
@@ -131,9 +138,16 @@ class MiniWob(AgentEnv):
     def page(self) -> Page:
         """The tab that shows the task, opened when it is first needed."""
         if self._page is None:
-            size = FLIGHT_SIZE if self.name.startswith("flight.") else SIZE
-            self._page = open_page(size=size, allowed=allowed(), init_script=SCRIPT.read_text())
+            waiting = _idle.setdefault(self._size, [])
+            try:
+                self._page = waiting.pop()
+            except IndexError:  # not asked before: other threads take some, too
+                self._page = open_page(size=self._size, allowed=allowed(), init_script=SCRIPT.read_text())
         return self._page
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        return FLIGHT_SIZE if self.name.startswith("flight.") else SIZE
 
     def success(self) -> bool:
         return self._raw_reward > self.threshold
@@ -155,9 +169,15 @@ class MiniWob(AgentEnv):
         return shown
 
     def close(self) -> None:
-        if self._page is not None:
-            self._page.close()
-            self._page = None
+        """Leave the tab to the next episode: each begins by loading its page anew."""
+        page, self._page = self._page, None
+        if page is None:
+            return
+        waiting = _idle.setdefault(self._size, [])
+        if len(waiting) < MAX_LIVE:
+            waiting.append(page)
+        else:
+            page.close()
 
     def _load(self, task: Task) -> None:
         self._raw_reward = 0.0
