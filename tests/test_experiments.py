@@ -11,3 +11,21 @@ def test_babyai_student_and_its_teacher_play_the_tasks_that_they_are_measured_on
     assert student.teacher.model == student.student.build.tokenizer == f"runs/{teacher.name}"
     [measured] = load_suite(student.evaluation.suite).environments
     assert measured.options == student.environments[0].options and measured.tasks == 300
+
+
+def test_all_code_of_the_codefix_student_runs_in_docker() -> None:
+    teacher, opd = load_config("codefix_teacher"), load_config("codefix_opd")
+    student = opd.stages["distill"]
+    assert student.teacher and student.student.build and student.evaluation
+    assert student.teacher.model == student.student.build.tokenizer == f"runs/{teacher.name}"
+    [measured], [source] = load_suite(student.evaluation.suite).environments, student.environments
+    assert measured.options == source.options and "sandbox" not in source.options  # docker is the default
+    assert teacher.rollout.actors == opd.stages["cold_start"].rollout.actors == set()  # recordings only
+
+
+def test_miniwob_student_and_its_teacher_play_the_tasks_that_they_are_measured_on() -> None:
+    teacher, student = load_config("miniwob_teacher"), load_config("miniwob_opd").stages["distill"]
+    assert teacher.environments == student.environments
+    assert student.teacher and student.student.build and student.evaluation and teacher.evaluation
+    assert student.teacher.model == student.student.build.tokenizer == f"runs/{teacher.name}"
+    assert student.evaluation.suite == teacher.evaluation.suite == student.environments[0].id

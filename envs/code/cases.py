@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from opd_agents.envs.code.algorithms import algorithm
-from opd_agents.envs.code.functions import Function, expression
+from opd_agents.envs.code.functions import Function, expression, operation
 from opd_agents.envs.code.loops import fold, short, spelling
 from opd_agents.envs.code.slips import Slip, outcomes, slipped, slips
 
@@ -31,6 +31,7 @@ class Level:
 
 
 LEVELS: Mapping[str, Level] = {
+    "intro": Level((operation,), 1, 6),
     "easy": Level((expression,), 1, 8),
     "medium": Level((fold, fold, fold, spelling, short), 1, 12),
     "hard": Level((algorithm,), 2, 16),

@@ -32,6 +32,7 @@ class CodeEnv(AgentEnv):
     family: ClassVar[str] = "code"
     has_expert: ClassVar[bool] = True
     runs_in: ClassVar[RunsIn] = "thread"
+    max_live: ClassVar[int | None] = 16  # a program that waits for a core uses up its time-out
     looks_first: ClassVar[bool] = False  # whether the expert runs the tests before it changes anything
 
     system_prompt = (

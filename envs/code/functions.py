@@ -69,6 +69,14 @@ class Template:
         return Function(self.code.lstrip("\n").format(**values), self.text.format(**values), self.draw)
 
 
+def operation(rng: random.Random) -> Function:
+    """One operator between two variables."""
+    x, y = rng.sample(LETTERS, 2)
+    sign = rng.choice((*OPERATIONS, *COMPARISONS))
+    text = f"{x} {OPERATIONS[sign]} {y}" if sign in OPERATIONS else f"whether {x} {COMPARISONS[sign]} {y}"
+    return Function(f"def f({x}, {y}):\n    return {x} {sign} {y}\n", text, numbers(2))
+
+
 def expression(rng: random.Random) -> Function:
     """One line of one or two operators, of which the last has a variable or a digit on its right."""
     x, y, z = rng.sample(LETTERS, 3)
