@@ -323,7 +323,7 @@ def NAME(*a): return None
 @bubblewrap
 @pytest.mark.parametrize("cheat", CHEATS)
 def test_no_code_gets_around_the_verdict(cheat: str) -> None:
-    env = started(CodeFix("easy", sandbox="bubblewrap", timeout=1.5), 1)
+    env = started(CodeFix("easy", sandbox="bubblewrap", timeout=2), 1)
     assert {test.expected for test in env.case.hidden} == {True, False}
     report, passed = submitted(env, CHEATS[cheat].replace("NAME", "f"))
     assert not passed and env.over and len(report) < 700
@@ -341,7 +341,7 @@ def test_the_examples_alone_do_not_pass() -> None:
 
 @bubblewrap
 def test_answers_before_a_stop_count_and_the_rest_are_told() -> None:
-    env = started(CodeFix("easy", sandbox="bubblewrap", timeout=1.0), 1)
+    env = started(CodeFix("easy", sandbox="bubblewrap", timeout=1), 1)
     case = env.case
     last = repr(case.examples[2].arguments)
     body = case.solution.splitlines()[1]
@@ -354,7 +354,7 @@ def test_answers_before_a_stop_count_and_the_rest_are_told() -> None:
 @given(text=st.text(max_size=80), number=st.integers(0, 5), data=st.data())
 @settings(max_examples=20, deadline=None)
 def test_any_text_in_any_tool_is_answered(text: str, number: int, data: Any) -> None:
-    env = FUZZED.setdefault("env", CodeFix("easy", sandbox="bubblewrap", timeout=1.0, max_turns=9))
+    env = FUZZED.setdefault("env", CodeFix("easy", sandbox="bubblewrap", timeout=1, max_turns=9))
     started(env, number)
     wild = [
         text,
@@ -395,6 +395,7 @@ def test_wrong_options_are_refused() -> None:
         {"level": "simple"},
         {"max_turns": 0},
         {"timeout": -1},
+        {"timeout": 1.5},
         {"speed": 2},
     ):
         with pytest.raises(UserError):
@@ -441,7 +442,7 @@ def test_humaneval_keeps_the_environment_contract() -> None:
 @pytest.mark.parametrize("number", [32, 53])
 def test_humaneval_accepts_what_is_right_and_nothing_else(number: int) -> None:
     """Tests with a tolerance and a helper of the prompt, and tests with random calls."""
-    env = started(HumanEval(sandbox="bubblewrap", timeout=1.5), number)
+    env = started(HumanEval(sandbox="bubblewrap", timeout=2), number)
     case = env.case
     assert submitted(env, case.solution)[1]
     wrong = f"""

@@ -21,7 +21,7 @@ from opd_agents.cli import app
 from opd_agents.errors import MissingPart, UserError
 from opd_agents.tools import Tool, ToolError
 from opd_agents.tools.python import SNIPPET, run_python, shortened
-from opd_agents.tools.sandbox import Limits, Result, Sandbox, open_sandbox, owners
+from opd_agents.tools.sandbox import Kind, Limits, Result, Sandbox, open_sandbox, owners
 from opd_agents.tools.sandbox.base import check_files
 
 ROOT = Path(__file__).parent.parent
@@ -93,6 +93,16 @@ def test_a_time_out_keeps_what_was_printed_and_written(sandbox: Sandbox) -> None
     assert python(sandbox, program, timeout=1) == Result("before\n", None, "timeout")
     assert sandbox.get() == {"kept.txt": b"x"}
     assert python(sandbox, "print(open('kept.txt').read())").output == "x\n"
+
+
+@pytest.mark.parametrize("kind", [*REAL, "unsafe"])
+def test_a_limit_of_processor_time_is_not_one_of_the_clock(kind: Kind) -> None:
+    with open_sandbox(kind, limits=Limits(timeout=20, cpu_seconds=1)) as sandbox:
+        assert python(sandbox, "import time; time.sleep(1.5); print('rested')").output == "rested\n"
+        started = time.monotonic()
+        assert python(sandbox, "print('before')\nwhile True: pass") == Result("before\n", None, "timeout")
+        assert time.monotonic() - started < 15
+        assert python(sandbox, "print(1)").ok
 
 
 def test_output_has_an_end(sandbox: Sandbox) -> None:

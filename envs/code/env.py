@@ -18,6 +18,7 @@ from opd_agents.tools.sandbox import Kind, Limits, Sandbox, open_sandbox
 from opd_agents.tools.sandbox.base import check_files
 from opd_agents.types import Task, ToolCall
 
+WAITING = 5  # times as long as a program may compute it may run in all, waiting for a core or for nothing
 LONGEST_OUTPUT = 2000  # characters of a program's output that an agent is shown
 
 
@@ -40,16 +41,22 @@ class CodeEnv(AgentEnv):
         "hidden tests decide."
     )
 
-    def __init__(self, sandbox: Kind, image: str | None, timeout: float, max_turns: int) -> None:
+    def __init__(self, sandbox: Kind, image: str | None, timeout: int, max_turns: int) -> None:
         """``sandbox`` and ``image`` go to :func:`opd_agents.tools.sandbox.open_sandbox` at the first reset;
-        ``timeout``, in seconds, is that of one run."""
+        ``timeout`` is that of one run, in whole seconds of a core's time: what else the machine does must not
+        decide what is right."""
         if max_turns < 1:
             raise UserError(f"{type(self).__name__}: max_turns must be at least 1, got {max_turns}.")
         if sandbox not in get_args(Kind):
             kinds = ", ".join(get_args(Kind))
             raise UserError(f"{type(self).__name__}: unknown sandbox {sandbox!r}; it is one of {kinds}.")
+        if not isinstance(timeout, int) or timeout < 1:
+            raise UserError(
+                f"{type(self).__name__}: timeout must be whole seconds, at least 1, got {timeout}."
+            )
         self.max_turns = max_turns
-        self._sandbox_kind, self._image, self._limits = sandbox, image, Limits(timeout=timeout)
+        self._sandbox_kind, self._image = sandbox, image
+        self._limits = Limits(timeout=WAITING * timeout, cpu_seconds=timeout)
         self._opened: Sandbox | None = None
         self.files: dict[str, bytes] = {}
         self.tested: bytes | None = None  # solution.py as the tests last found it
@@ -186,7 +193,7 @@ class _Drawn(CodeEnv):
         level: str = "easy",
         sandbox: Kind = "docker",
         image: str | None = None,
-        timeout: float = 4.0,
+        timeout: int = 4,
         max_turns: int | None = None,
     ) -> None:
         """``max_turns`` defaults to the level's; for the others see :class:`CodeEnv`."""

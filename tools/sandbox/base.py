@@ -23,12 +23,14 @@ _WHY: dict[Stopped, str] = {
 class Limits:
     """What a command may use. Raises UserError for a limit that nothing can run in.
 
-    ``timeout`` in seconds of wall clock, ``disk_mb`` for the work folder and for ``/tmp`` each, ``pids`` for
-    processes and threads together. ``files`` and ``files_mb`` bound the files that outlive a run: beyond
-    them new files are gone with it, the largest first.
+    ``timeout`` in seconds of wall clock; ``cpu_seconds``, whole ones, of a core's time for each process, which
+    do not depend on what else the machine does. ``disk_mb`` for the work folder and for ``/tmp`` each,
+    ``pids`` for processes and threads together. ``files`` and ``files_mb`` bound the files that outlive a
+    run: beyond them new files are gone with it, the largest first.
     """
 
     timeout: float = 4.0
+    cpu_seconds: int | None = None
     memory_mb: int = 128
     pids: int = 32
     cpus: float = 1.0
@@ -41,6 +43,8 @@ class Limits:
         least = {"memory_mb": 32, "pids": 4}  # what the program inside needs for itself
         for name in (field.name for field in fields(self)):
             value, lowest = getattr(self, name), least.get(name, 0)
+            if name == "cpu_seconds" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0 or value < lowest:
                 wanted = f"at least {lowest}" if lowest else "a number above 0"
                 raise UserError(f"Limits({name}={value!r}): it must be {wanted}.")

@@ -73,7 +73,14 @@ def execute(
     _drain(process.stdout, output, cap)
     if stopped is None and len(output) > cap:
         stopped = "output"
+    if stopped is None and process.returncode == -signal.SIGXCPU:
+        stopped = "timeout"
     return bytes(output[:cap]), None if stopped else process.returncode, stopped
+
+
+def limit_cpu(seconds: int) -> None:
+    """End this process by a signal after so many seconds of a core's time, and surely a second later."""
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
 
 
 def environment(folder: str) -> dict[str, str]:
@@ -221,6 +228,8 @@ def serve(request: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
             score.write("1000")  # the kernel shall choose the command, not the program inside
         for name, value in settings["rlimits"].items():
             resource.setrlimit(getattr(resource, name), (value, value))
+        if settings["cpu_seconds"] is not None:
+            limit_cpu(settings["cpu_seconds"])
 
     folder, killed, own = settings["writable"][0], oom_kills(), own_limits()
     for place in settings["writable"]:

@@ -29,6 +29,7 @@ def program(limits: Limits, rlimits: Mapping[str, int] = MappingProxyType({})) -
     settings = {
         "writable": WRITABLE,
         "output_bytes": limits.output_bytes,
+        "cpu_seconds": limits.cpu_seconds,
         "files": limits.files,
         "files_bytes": limits.files_mb << 20,
         "rlimits": {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": 64, "RLIMIT_FSIZE": limits.disk_mb << 20, **rlimits},
