@@ -23,8 +23,8 @@ _WHY: dict[Stopped, str] = {
 class Limits:
     """What a command may use. Raises UserError for a limit that nothing can run in.
 
-    ``timeout`` in seconds of wall clock; ``cpu_seconds``, whole ones, of a core's time for each process, which
-    do not depend on what else the machine does. ``disk_mb`` for the work folder and for ``/tmp`` each,
+    ``timeout`` in seconds of wall clock; ``cpu_seconds``, whole ones, of a core's time for each process,
+    which do not depend on what else the machine does. ``disk_mb`` for the work folder and for ``/tmp`` each,
     ``pids`` for processes and threads together. ``files`` and ``files_mb`` bound the files that outlive a
     run: beyond them new files are gone with it, the largest first.
     """
