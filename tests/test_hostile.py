@@ -34,10 +34,10 @@ def sandbox(request: pytest.FixtureRequest, opened: dict[str, Sandbox]) -> Sandb
     return chosen(request.param, opened)
 
 
-@pytest.fixture
-def container(opened: dict[str, Sandbox]) -> Sandbox:
+@pytest.fixture(params=[pytest.param("docker", marks=pytest.mark.real("docker"))])
+def container(request: pytest.FixtureRequest, opened: dict[str, Sandbox]) -> Sandbox:
     """For what only Docker stops."""
-    return chosen("docker", opened)
+    return chosen(request.param, opened)
 
 
 def chosen(kind: str, opened: dict[str, Sandbox]) -> Sandbox:

@@ -207,6 +207,7 @@ def test_content_is_the_same_in_every_process() -> None:
     assert len(runs) == 1 and runs.pop().startswith("[")
 
 
+@pytest.mark.real("playwright")
 def test_wrong_options_are_refused() -> None:
     with pytest.raises(UnknownName, match="Did you mean 'easy'"):
         make(TEXT, level="eassy")
