@@ -151,8 +151,9 @@ def test_an_expert_whose_environment_died_ends_that_episode():
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_program_that_is_ended_leaves_no_process(how):
     code = f"""
-import time
+import signal
 from opd_agents import envs
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 envs.register("{ID}", "toy_envs:ProcessCounter")
 env = envs.launch("{ID}")
 env.reset(seed=0)
