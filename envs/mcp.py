@@ -9,9 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from opd_agents.envs.base import AgentEnv
-from opd_agents.envs.prompt_task import check_answer, load_verifier
+from opd_agents.envs.prompt_task import AnswerEnv
 from opd_agents.envs.snapshots import ForkMode
-from opd_agents.envs.tasks import TaskRow
 from opd_agents.errors import UserError
 from opd_agents.tools import ToolError
 from opd_agents.tools.mcp import McpServer, as_tool
@@ -93,11 +92,8 @@ class McpEnv(AgentEnv):
         return answer
 
 
-class McpTask(McpEnv):
+class McpTask(AnswerEnv, McpEnv):
     """Tasks of the user's over any MCP server: prompts from a task file, the agent's text is its answer."""
-
-    row_fields: ClassVar[tuple[str, ...]] = ("prompt",)
-    split_sizes: Mapping[str, int] = {}  # those of the task file
 
     def __init__(
         self,
@@ -108,26 +104,12 @@ class McpTask(McpEnv):
         timeout: float = 30.0,
     ) -> None:
         """``verifier``: see ``load_verifier``; the others as for McpEnv."""
-        self._verify = load_verifier(verifier, "McpTask")
+        self.judge_by(verifier)
         super().__init__(server, reset, timeout)
-        self.verifier, self.system_prompt = verifier, system
-        self._answer: str | None = None
-
-    def check_row(self, row: TaskRow) -> None:
-        super().check_row(row)
-        check_answer(self.verifier, row)
+        self.system_prompt = system
 
     def prompt(self, task: Task) -> str:
-        self._answer = None
-        return str(self.row.prompt)
-
-    def on_text(self, text: str) -> str:
-        self._answer = text
-        self.finish()
-        return ""
-
-    def success(self) -> float:
-        return self._verify(self._answer or "", self.row)
+        return self.question()
 
     def digest_text(self) -> str:
         return json.dumps([self._heard, self._answer])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from opd_agents.envs.base import AgentEnv
@@ -69,28 +69,24 @@ def check_answer(verifier: str, row: TaskRow) -> None:
         raise DataError(f"there is no number in the field `answer`, {row.answer!r:.60}.")
 
 
-class PromptTask(AgentEnv):
-    """One-turn prompts from a task file; the reward is the verifier's word on the text that is answered."""
+class AnswerEnv(AgentEnv):
+    """Tasks of a file of the user's, each ended by a text: the answer, which a verifier judges by the row."""
 
-    family: ClassVar[str] = "prompts"
     row_fields: ClassVar[tuple[str, ...]] = ("prompt",)
-    text_only: ClassVar[bool] = True
-    max_turns = 1
-    split_sizes = {}  # noqa: RUF012  # those of the task file
+    split_sizes: Mapping[str, int] = {}  # those of the task file
 
-    def __init__(self, verifier: str = "exact", system: str = "") -> None:
-        """``verifier``: see ``load_verifier``; the scripted expert gives the row's ``answer``."""
-        super().__init__([])
-        self.verifier, self.system_prompt = verifier, system
-        self.has_expert = verifier in VERIFIERS  # type: ignore[misc]  # a matter of the instance here
-        self._verify = load_verifier(verifier, "PromptTask")
-        self._answer: str | None = None
+    _answer: str | None = None
+
+    def judge_by(self, verifier: str) -> None:
+        """To be called by ``__init__``; ``verifier``: see ``load_verifier``."""
+        self.verifier, self._verify = verifier, load_verifier(verifier, type(self).__name__)
 
     def check_row(self, row: TaskRow) -> None:
         super().check_row(row)
         check_answer(self.verifier, row)
 
-    def begin(self, task: Task) -> str:
+    def question(self) -> str:
+        """The row's prompt, not answered yet."""
         self._answer = None
         return str(self.row.prompt)
 
@@ -101,6 +97,24 @@ class PromptTask(AgentEnv):
 
     def success(self) -> float:
         return self._verify(self._answer or "", self.row)
+
+
+class PromptTask(AnswerEnv):
+    """One-turn prompts from a task file; the reward is the verifier's word on the text that is answered."""
+
+    family: ClassVar[str] = "prompts"
+    text_only: ClassVar[bool] = True
+    max_turns = 1
+
+    def __init__(self, verifier: str = "exact", system: str = "") -> None:
+        """``verifier``: see ``load_verifier``; the scripted expert gives the row's ``answer``."""
+        super().__init__([])
+        self.judge_by(verifier)
+        self.system_prompt = system
+        self.has_expert = verifier in VERIFIERS  # type: ignore[misc]  # a matter of the instance here
+
+    def begin(self, task: Task) -> str:
+        return self.question()
 
     def expert_action(self) -> str:
         if not self.has_expert:
