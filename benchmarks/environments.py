@@ -36,10 +36,11 @@ from raw_environments import RAW, Raw
 from opd_agents import envs
 from opd_agents.envs import AgentEnv
 from opd_agents.envs.process import launch
+from opd_agents.episode import Episode, Limits
 from opd_agents.errors import OpdError, UserError
 from opd_agents.policies import ExpertPolicy, RandomPolicy
 from opd_agents.policies.base import Action, History, Policy
-from opd_agents.rollout import Episode, Limits, rollout
+from opd_agents.rollout import rollout
 from opd_agents.types import Actor, Outcome, StopReason, Task, Trajectory
 
 EPISODES, TURNS, AT_ONCE = 8, 12, 8

@@ -26,9 +26,10 @@ from scripted import Queue, TrlQueue, action_length, episodes, recited, rows, sc
 
 from opd_agents.chat import Chat
 from opd_agents.config import load_config
+from opd_agents.episode import Limits
 from opd_agents.policies.reader import common_length
 from opd_agents.policies.sampler import TransformersSampler
-from opd_agents.rollout import Limits, rollout
+from opd_agents.rollout import rollout
 from opd_agents.types import Actor, Trajectory
 
 TURNS = (4, 8, 16)

@@ -21,9 +21,10 @@ from transformers.utils import get_json_schema
 
 from opd_agents import envs
 from opd_agents.chat import build_word_tokenizer
+from opd_agents.episode import Episode, Limits
 from opd_agents.policies import ExpertPolicy
 from opd_agents.policies.models import build_model
-from opd_agents.rollout import Episode, Limits, rollout
+from opd_agents.rollout import rollout
 from opd_agents.tools import Tool
 from opd_agents.types import Task, ToolSpec
 

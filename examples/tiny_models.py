@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerFast
 
 import opd_agents as opd
 from opd_agents.chat import compact_template
+from opd_agents.episode import Episode, Limits
 from opd_agents.policies import ExpertPolicy
 from opd_agents.policies.models import build_model
-from opd_agents.rollout import Episode, Limits, rollout
+from opd_agents.rollout import rollout
 from opd_agents.types import Task, to_json
 
 DESK = "opd_agents/OrderDesk-v0"

@@ -14,7 +14,7 @@
     |-- EnvironmentCrashed            the process of an environment ended; its episode is lost, no other is
     `-- AlignmentError                tokens, histories, temperatures or masks do not match: refuse to train
 
-A failure inside one episode never surfaces as an exception: ``rollout.py`` records it in the trajectory.
+A failure inside one episode never surfaces as an exception: ``episode.py`` records it in the trajectory.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ from typing import NamedTuple, TypeAlias, TypeVar
 
 from opd_agents.config import Policy, RunConfig
 from opd_agents.distributed import ALONE, World
+from opd_agents.episode import Episode
 from opd_agents.plugins import Reward, load_reward
-from opd_agents.rollout import Episode
 from opd_agents.tasks import draw_demonstrations, draw_episodes, redraw_episodes
 from opd_agents.types import Outcome, Trajectory
 

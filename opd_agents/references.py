@@ -15,10 +15,10 @@ from opd_agents.chat import Chat
 from opd_agents.config import EnvironmentSource, RunConfig
 from opd_agents.config.needs import Need, reference_needs
 from opd_agents.config.sections import Teacher as TeacherSettings
+from opd_agents.episode import Episode, Limits
 from opd_agents.errors import ConfigError
 from opd_agents.policies.adapters import adapter_base
 from opd_agents.policies.models import load_tokenizer
-from opd_agents.rollout import Episode, Limits
 from opd_agents.runs import newest_checkpoint
 from opd_agents.teachers import Teacher, TeacherSignal
 from opd_agents.teachers.base import check_aligned

@@ -21,6 +21,7 @@ from opd_agents.config import EnvironmentSource, Recorded, RunConfig, SignedSche
 from opd_agents.config.needs import weights_of
 from opd_agents.config.weights import WithoutTokens
 from opd_agents.distributed import ALONE, World
+from opd_agents.episode import Episode, Limits
 from opd_agents.errors import CheckpointError, ConfigError, RunFolderError
 from opd_agents.evaluation import load_suite
 from opd_agents.optimizers import ModelOptimizer
@@ -32,7 +33,7 @@ from opd_agents.policies.recomputation import prepare_recomputation
 from opd_agents.policies.sampler import TransformersSampler
 from opd_agents.recordings import Recordings, read_conversations, refuse_bad
 from opd_agents.references import References, check_references
-from opd_agents.rollout import Episode, Limits, check_conversation
+from opd_agents.rollout import check_conversation
 from opd_agents.rows import read_rows
 from opd_agents.runs import RunFolder, checkpoints_in, newest_checkpoint
 from opd_agents.schedules import Clock, adapt, adaptive_schedules, schedules_in, value_at

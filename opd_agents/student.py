@@ -8,6 +8,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from opd_agents import envs
 from opd_agents.chat import Chat, build_word_tokenizer
 from opd_agents.config import ChatSettings, Recorded, RunConfig, Student
+from opd_agents.episode import Limits
 from opd_agents.errors import ConfigError
 from opd_agents.policies import ExpertPolicy
 from opd_agents.policies.adapters import adapter_base, add_adapter, train_adapter
@@ -20,7 +21,7 @@ from opd_agents.policies.models import (
     load_tokenizer,
 )
 from opd_agents.recordings import texts
-from opd_agents.rollout import Limits, rollout
+from opd_agents.rollout import rollout
 from opd_agents.rows import read_rows
 from opd_agents.runs import newest_checkpoint
 from opd_agents.tasks import draw_episodes, split_sizes

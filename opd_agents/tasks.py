@@ -14,9 +14,9 @@ import numpy as np
 
 from opd_agents import envs
 from opd_agents.config import EnvironmentSource, RunConfig
+from opd_agents.episode import Episode
 from opd_agents.errors import ConfigError
 from opd_agents.recordings import student_groups, student_groups_before
-from opd_agents.rollout import Episode
 from opd_agents.schedules import dealt
 from opd_agents.types import Task
 

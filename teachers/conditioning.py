@@ -22,10 +22,11 @@ from opd_agents.batch import Packed
 from opd_agents.chat import Chat
 from opd_agents.config.sections import Conditioning
 from opd_agents.envs import AgentEnv
+from opd_agents.episode import Episode, Limits
 from opd_agents.errors import AlignmentError, ConfigError
 from opd_agents.policies.base import Action, ExpertPolicy, History, Policy
 from opd_agents.recordings import RECORDED
-from opd_agents.rollout import Episode, Limits, rollout
+from opd_agents.rollout import rollout
 from opd_agents.types import Message, Outcome, Task, ToolSpec, Trajectory, from_dict, to_json
 
 EXPERT_EPISODES = 4096  # whose actions are remembered

@@ -5,8 +5,9 @@ from typing import Any
 
 from opd_agents import envs
 from opd_agents.chat import Chat
+from opd_agents.episode import Episode, Limits
 from opd_agents.policies import Action, History, Policy
-from opd_agents.rollout import Episode, Limits, rollout
+from opd_agents.rollout import rollout
 from opd_agents.types import Actor, Outcome, StopReason, Task, Trajectory, Turn
 
 DESK = "opd_agents/OrderDesk-v0"

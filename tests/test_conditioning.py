@@ -20,11 +20,11 @@ from opd_agents import envs
 from opd_agents.batch import pack
 from opd_agents.chat import Chat
 from opd_agents.config.sections import Conditioning
+from opd_agents.episode import Episode, Limits
 from opd_agents.errors import AlignmentError, ConfigError
 from opd_agents.messages import read_conversation
 from opd_agents.policies import Action, ExpertPolicy, History
 from opd_agents.recordings import to_trajectory
-from opd_agents.rollout import Episode, Limits
 from opd_agents.teachers.conditioning import ConditionedPolicy, Conditioner
 from opd_agents.teachers.local import ModelTeacher
 from opd_agents.trainer import train

@@ -13,12 +13,12 @@ from test_redraws import Playing, played
 from opd_agents.batch import pack
 from opd_agents.config import Correction, RunConfig, load_config
 from opd_agents.correction.repair import _earliest_errors
+from opd_agents.episode import Episode
 from opd_agents.errors import ConfigError
 from opd_agents.experience import Experience
 from opd_agents.frozen import FrozenTerms
 from opd_agents.playing import play_step
 from opd_agents.policies import ExpertPolicy
-from opd_agents.rollout import Episode
 from opd_agents.session import check_inputs
 from opd_agents.trainer import train
 from opd_agents.types import Actor, Outcome, Trajectory, from_dict, to_dict

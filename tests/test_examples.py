@@ -15,12 +15,13 @@ from test_layers import ROOT
 
 import opd_agents as opd
 from opd_agents.config import EnvironmentSource, load_config
+from opd_agents.episode import Episode, Limits
 from opd_agents.evaluation import load_suite
 from opd_agents.plugins import load_credit, load_reward
 from opd_agents.policies import ExpertPolicy, RandomPolicy
 from opd_agents.policies.models import load_model, load_tokenizer
 from opd_agents.recordings import read_conversations
-from opd_agents.rollout import Episode, Limits, rollout
+from opd_agents.rollout import rollout
 from opd_agents.rows import read_rows
 from opd_agents.tasks import split_sizes
 from opd_agents.teachers.plug_in import teacher_class

@@ -12,10 +12,11 @@ from toy_envs import Counter
 
 from opd_agents.batch import pack
 from opd_agents.chat import Chat
+from opd_agents.episode import Episode, Start
 from opd_agents.errors import ConfigError
 from opd_agents.policies import Action, ExpertPolicy
 from opd_agents.policies.models import load_chat, load_tokenizer
-from opd_agents.rollout import Episode, Start, check_conversation, rollout
+from opd_agents.rollout import check_conversation, rollout
 from opd_agents.trainer import train
 from opd_agents.types import Actor, Branch, Message, Outcome, StopReason, Task
 

@@ -21,7 +21,7 @@ LAYERS = (
     ("envs", "testing", "fuzzing"),
     ("chat",),
     ("policies",),
-    ("hosting", "rollout", "recordings", "batch", "distributed", "sharding"),
+    ("hosting", "episode", "rollout", "recordings", "batch", "distributed", "sharding"),
     ("teachers",),
     ("correction", "frozen", "weighting", "composition", "credit", "objectives"),
     (

@@ -13,9 +13,10 @@ from rolling import Scripted
 
 from opd_agents import envs
 from opd_agents.envs import ProcessEnv, launch, workers
+from opd_agents.episode import Episode, Limits
 from opd_agents.errors import EnvironmentCrashed, OpdError, UserError
 from opd_agents.policies import ExpertPolicy
-from opd_agents.rollout import Episode, Limits, rollout
+from opd_agents.rollout import rollout
 from opd_agents.types import Actor, Outcome, Task
 
 ID = "toys/ProcessCounter-v0"

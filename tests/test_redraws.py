@@ -17,9 +17,9 @@ from scipy.stats import chisquare
 from opd_agents import trainer
 from opd_agents.config import RunConfig, load_config
 from opd_agents.distributed import World
+from opd_agents.episode import Episode
 from opd_agents.errors import UserError
 from opd_agents.playing import equal_groups, play_step
-from opd_agents.rollout import Episode
 from opd_agents.session import Session
 from opd_agents.tasks import draw_demonstrations, draw_episodes, redraw_episodes
 from opd_agents.trainer import train_step

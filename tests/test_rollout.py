@@ -14,9 +14,10 @@ from toy_envs import Counter
 
 from opd_agents import envs
 from opd_agents.batch import pack
+from opd_agents.episode import Episode, Limits, Start
 from opd_agents.errors import AlignmentError
 from opd_agents.policies import Action, ExpertPolicy, MixturePolicy, RandomPolicy
-from opd_agents.rollout import Episode, Limits, Start, rollout
+from opd_agents.rollout import rollout
 from opd_agents.types import Actor, Branch, Message, Outcome, SpanKind, StopReason, Task
 
 ADD = '{"name":"add","arguments":{"number":1}}'
@@ -152,7 +153,8 @@ def test_the_program_ends_although_an_environment_hangs_for_ever():
 import time
 from rolling import Scripted
 from toy_envs import Counter
-from opd_agents.rollout import Episode, Limits, rollout
+from opd_agents.episode import Episode, Limits
+from opd_agents.rollout import rollout
 from opd_agents.types import Task
 
 class Stuck(Counter):

@@ -407,8 +407,14 @@ def test_a_container_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> 
     with open_sandbox("docker", limits=Limits(cpus=0.8)) as sandbox:
         assert python(sandbox, "print(1)").ok
         containers = with_cpus(0.8)
-        for container in containers:
-            os.kill(container.attrs["State"]["Pid"], signal.SIGSTOP)
+        running = [
+            container.attrs["State"]["Pid"] for container in containers if container.status == "running"
+        ]
+        assert (
+            running and 0 not in running
+        )  # 0 is a container's that only begins, and the group of this process
+        for pid in running:
+            os.kill(pid, signal.SIGSTOP)
         monkeypatch.setattr(supervised, "GRACE", 0.5)
         with pytest.raises(ToolError, match="does not answer"):
             python(sandbox, "print(2)", timeout=0.5)

@@ -12,9 +12,9 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 from opd_agents.chat import Chat, build_word_tokenizer
 from opd_agents.chat.syntaxes import SYNTAXES, Found, detect_syntax, find_syntax
 from opd_agents.envs.actions import CALL_MARKERS, BadAction, format_calls, parse_action
+from opd_agents.episode import Episode, Limits
 from opd_agents.errors import ConfigError
 from opd_agents.policies import Action
-from opd_agents.rollout import Episode, Limits
 from opd_agents.tools import Tool
 from opd_agents.types import Actor, SpanKind, StopReason, Task, ToolCall, ToolSpec
 

@@ -17,10 +17,10 @@ from opd_agents.cli import app
 from opd_agents.config import load_config
 from opd_agents.envs import TaskRow, describe, load_tasks
 from opd_agents.envs.prompt_task import exact, number
+from opd_agents.episode import Episode
 from opd_agents.errors import DataError, EnvironmentContractError, UserError
 from opd_agents.policies import Action, ExpertPolicy
 from opd_agents.recordings import student_groups
-from opd_agents.rollout import Episode
 from opd_agents.schedules import dealt
 from opd_agents.tasks import draw_episodes, split_sizes
 from opd_agents.testing import check_agent_env

@@ -15,6 +15,7 @@ from opd_agents.batch import pack
 from opd_agents.composition import selected
 from opd_agents.config import Select, load_config
 from opd_agents.credit import assign_credit
+from opd_agents.episode import Limits
 from opd_agents.errors import AlignmentError, ConfigError
 from opd_agents.evaluation.evaluate import load_contestant
 from opd_agents.experience import Experience
@@ -30,7 +31,6 @@ from opd_agents.policies.models import (
     save_checkpoint,
 )
 from opd_agents.report.curves import stage_charts
-from opd_agents.rollout import Limits
 from opd_agents.teachers import HiddenStates
 from opd_agents.trainer import train
 from opd_agents.types import Actor, Span, SpanKind, StopReason

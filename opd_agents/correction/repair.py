@@ -25,10 +25,11 @@ from opd_agents.chat import Chat
 from opd_agents.config import Correction
 from opd_agents.distributed import ALONE, World
 from opd_agents.envs import AgentEnv, Snapshot
+from opd_agents.episode import Episode, Limits, Start, segment_ids
 from opd_agents.errors import NotForkable, ReplayDivergence
 from opd_agents.hosting import Host
 from opd_agents.policies.base import Action, History, Policy
-from opd_agents.rollout import Episode, Limits, Start, rollout, segment_ids
+from opd_agents.rollout import rollout
 from opd_agents.types import Branch, Outcome, StopReason, Task, Trajectory, Turn
 
 FIRST_BRANCH = 2**20  # stream numbers of branches, out of the way of the step's episodes

@@ -14,11 +14,12 @@ from opd_agents import envs
 from opd_agents.chat import Chat
 from opd_agents.config import EnvironmentSource
 from opd_agents.distributed import ALONE, World
+from opd_agents.episode import Episode, Limits
 from opd_agents.errors import UnknownName, UserError
 from opd_agents.evaluation.metrics import summarise
 from opd_agents.evaluation.suites import Suite, load_suite
 from opd_agents.policies.base import ExpertPolicy, Policy, RandomPolicy
-from opd_agents.rollout import Episode, Limits, rollout
+from opd_agents.rollout import rollout
 from opd_agents.runs import latest_checkpoint, trajectory_row, write_whole
 from opd_agents.tasks import split_sizes
 from opd_agents.types import Actor, Task, Trajectory, to_json

@@ -12,8 +12,8 @@ from pydantic import Field, ValidationError
 
 from opd_agents import envs
 from opd_agents.config import EnvironmentSource, Section, absolute_inputs, read_yaml
+from opd_agents.episode import Episode, Limits
 from opd_agents.errors import ConfigError, UnknownName
-from opd_agents.rollout import Episode, Limits
 from opd_agents.tasks import split_sizes
 from opd_agents.types import Task
 
