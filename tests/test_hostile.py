@@ -47,7 +47,7 @@ def chosen(kind: str, opened: dict[str, Sandbox]) -> Sandbox:
     return opened[kind]
 
 
-def attack(sandbox: Sandbox, program: str, timeout: float | None = None) -> Result:
+def assert_contained(sandbox: Sandbox, program: str, timeout: float | None = None) -> Result:
     """Run a program; afterwards the sandbox must work, and hold the files, as if nothing had happened."""
     sandbox.put(KEPT | {"attack.py": dedent(program).encode()})
     result = sandbox.run(["python", "attack.py"], timeout=timeout)
@@ -59,7 +59,7 @@ def attack(sandbox: Sandbox, program: str, timeout: float | None = None) -> Resu
 
 
 def test_a_fork_bomb_ends_at_the_limit_of_processes(container: Sandbox) -> None:
-    result = attack(
+    result = assert_contained(
         container,
         """
         import os, time
@@ -86,11 +86,11 @@ def test_a_doubling_fork_bomb_is_killed_whole(container: Sandbox) -> None:
             except OSError:
                 pass
         """
-    assert attack(container, program, timeout=1).stopped == "timeout"
+    assert assert_contained(container, program, timeout=1).stopped == "timeout"
 
 
 def test_threads_end_at_the_limit_of_processes(container: Sandbox) -> None:
-    result = attack(
+    result = assert_contained(
         container,
         """
         import threading, time
@@ -102,23 +102,23 @@ def test_threads_end_at_the_limit_of_processes(container: Sandbox) -> None:
 
 
 def test_memory_is_limited(container: Sandbox) -> None:
-    result = attack(container, "print('before', flush=True)\nx = bytearray(1 << 30)")
+    result = assert_contained(container, "print('before', flush=True)\nx = bytearray(1 << 30)")
     assert (result.stopped, result.exit_code, result.output) == ("memory", None, "before\n")
 
 
 def test_memory_of_a_child_is_limited(container: Sandbox) -> None:
     program = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'x = bytearray(1 << 30)'])"
-    assert attack(container, program).stopped == "memory"
+    assert assert_contained(container, program).stopped == "memory"
 
 
 @pytest.mark.real("bwrap")
 def test_bubblewrap_limits_the_memory_of_one_process(opened: dict[str, Sandbox]) -> None:
-    result = attack(chosen("bubblewrap", opened), "x = bytearray(1 << 30)")
+    result = assert_contained(chosen("bubblewrap", opened), "x = bytearray(1 << 30)")
     assert result.exit_code == 1 and "MemoryError" in result.output
 
 
 def test_the_disk_is_limited(sandbox: Sandbox) -> None:
-    result = attack(
+    result = assert_contained(
         sandbox,
         """
         for folder in "/work", "/tmp", "/dev/shm":
@@ -136,14 +136,14 @@ def test_the_disk_is_limited(sandbox: Sandbox) -> None:
 
 
 def test_one_file_is_limited(sandbox: Sandbox) -> None:
-    result = attack(sandbox, "open('sparse', 'wb').truncate(1 << 40)")
+    result = assert_contained(sandbox, "open('sparse', 'wb').truncate(1 << 40)")
     assert result.exit_code != 0 and sandbox.get()["sparse"] == b""
-    attack(sandbox, "open('sparse', 'wb').truncate(8 << 20)")
+    assert_contained(sandbox, "open('sparse', 'wb').truncate(8 << 20)")
     assert "sparse" not in sandbox.get()  # larger than what outlives a command
 
 
 def test_many_files_are_limited(container: Sandbox) -> None:
-    result = attack(
+    result = assert_contained(
         container,
         """
         try:
@@ -158,7 +158,7 @@ def test_many_files_are_limited(container: Sandbox) -> None:
 
 
 def test_nothing_else_can_be_written(sandbox: Sandbox) -> None:
-    result = attack(
+    result = assert_contained(
         sandbox,
         """
         import os
@@ -195,7 +195,7 @@ def test_there_is_no_network(sandbox: Sandbox) -> None:
                 print("no names")
             print([name for _, name in socket.if_nameindex()])
             """
-        result = attack(sandbox, program)
+        result = assert_contained(sandbox, program)
         with pytest.raises(TimeoutError):
             server.accept()
     names, interfaces = result.output.splitlines()
@@ -217,7 +217,7 @@ def test_there_is_no_network(sandbox: Sandbox) -> None:
     ids=["loop", "sleep", "ignores-signals", "stops-itself", "closes-output", "stdin", "huge-number"],
 )
 def test_what_never_ends_is_stopped(sandbox: Sandbox, program: str) -> None:
-    assert attack(sandbox, program, timeout=0.5).stopped == "timeout"
+    assert assert_contained(sandbox, program, timeout=0.5).stopped == "timeout"
 
 
 @pytest.mark.parametrize(
@@ -230,14 +230,14 @@ def test_what_never_ends_is_stopped(sandbox: Sandbox, program: str) -> None:
     ids=["print", "zeros", "four-processes"],
 )
 def test_endless_output_is_cut(sandbox: Sandbox, program: str) -> None:
-    result = attack(sandbox, program)
+    result = assert_contained(sandbox, program)
     assert result.stopped == "output"
     assert result.output.endswith("... output cut at 65536 bytes")
     assert len(result.output) < 66_000
 
 
 def test_no_signal_reaches_the_program_inside(sandbox: Sandbox) -> None:
-    result = attack(
+    result = assert_contained(
         sandbox,
         """
         import os, signal
@@ -254,11 +254,11 @@ def test_no_signal_reaches_the_program_inside(sandbox: Sandbox) -> None:
 
 def test_a_program_that_kills_all_kills_itself(sandbox: Sandbox) -> None:
     program = "import os, signal; os.fork(); os.kill(-1, signal.SIGKILL); os.kill(os.getpid(), 9)"
-    assert attack(sandbox, program).exit_code == -9
+    assert assert_contained(sandbox, program).exit_code == -9
 
 
 def test_the_program_inside_is_closed_to_commands(sandbox: Sandbox) -> None:
-    result = attack(
+    result = assert_contained(
         sandbox,
         """
         import ctypes, os
@@ -277,13 +277,13 @@ def test_the_program_inside_is_closed_to_commands(sandbox: Sandbox) -> None:
 
 def test_a_command_that_tampers_with_the_program_inside_has_no_result(sandbox: Sandbox) -> None:
     with pytest.raises(ToolError, match="broke down"):
-        attack(sandbox, "import resource; resource.prlimit(1, resource.RLIMIT_NOFILE, (0, 0))")
+        assert_contained(sandbox, "import resource; resource.prlimit(1, resource.RLIMIT_NOFILE, (0, 0))")
     assert sandbox.run(["python", "-c", "print('on')"]).output == "on\n"
     assert sandbox.get()["notes/kept.txt"] == b"mine"
 
 
 def test_no_process_outlives_its_command(sandbox: Sandbox) -> None:
-    result = attack(
+    result = assert_contained(
         sandbox,
         """
         import os, sys, time
@@ -304,7 +304,7 @@ def test_no_process_outlives_its_command(sandbox: Sandbox) -> None:
 
 def test_no_file_of_the_machine_is_there(sandbox: Sandbox) -> None:
     with tempfile.NamedTemporaryFile(suffix="-secret") as secret:
-        result = attack(
+        result = assert_contained(
             sandbox,
             f"""
             import os
@@ -321,7 +321,7 @@ def test_no_file_of_the_machine_is_there(sandbox: Sandbox) -> None:
 
 
 def test_links_lead_nowhere(sandbox: Sandbox) -> None:
-    result = attack(
+    result = assert_contained(
         sandbox,
         """
         import os
@@ -340,7 +340,7 @@ def test_links_lead_nowhere(sandbox: Sandbox) -> None:
 
 
 def test_a_folder_that_cannot_be_emptied_costs_a_fresh_sandbox(sandbox: Sandbox) -> None:
-    attack(
+    assert_contained(
         sandbox,
         """
         import os
@@ -349,7 +349,7 @@ def test_a_folder_that_cannot_be_emptied_costs_a_fresh_sandbox(sandbox: Sandbox)
             os.chdir("d")
         """,
     )
-    attack(
+    assert_contained(
         sandbox, "import os; os.mkdir('shut'); open('shut/x', 'w'); os.chmod('shut', 0); os.chmod('.', 0o500)"
     )
 
@@ -359,12 +359,12 @@ def test_odd_names_are_left_out(sandbox: Sandbox) -> None:
         for name in (b"\xff\xfe", b"new\nline", b"tab\tbed", b"fine", "naïve".encode()):
             open(b"/work/" + name, "w").close()
         """
-    attack(sandbox, program)
+    assert_contained(sandbox, program)
     assert set(sandbox.get()) == {"attack.py", "notes/kept.txt", "fine", "naïve"}
 
 
 def test_there_are_no_privileges_and_no_way_to_any(sandbox: Sandbox) -> None:
-    result = attack(
+    result = assert_contained(
         sandbox,
         """
         import ctypes, os
@@ -385,11 +385,11 @@ def test_there_are_no_privileges_and_no_way_to_any(sandbox: Sandbox) -> None:
 
 def test_docker_refuses_new_namespaces(container: Sandbox) -> None:
     program = "import ctypes; print([ctypes.CDLL(None).unshare(1 << bit) for bit in (17, 28, 29, 30)])"
-    assert attack(container, program).output == "[-1, -1, -1, -1]\n"
+    assert assert_contained(container, program).output == "[-1, -1, -1, -1]\n"
 
 
 def test_open_files_are_limited(sandbox: Sandbox) -> None:
-    result = attack(sandbox, "files = [open('/dev/null') for _ in range(1000)]")
+    result = assert_contained(sandbox, "files = [open('/dev/null') for _ in range(1000)]")
     assert "Too many open files" in result.output
 
 
