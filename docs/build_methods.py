@@ -25,7 +25,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from opd_agents import config
-from opd_agents.config import base, list_methods, loss, sections, weights
+from opd_agents.config import base, list_methods, loss, sections, teachers, weights
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "methods.md")
@@ -117,7 +117,8 @@ def kinds(name: str) -> str:
     """A row for each member of a union that is told apart by ``kind``."""
     lines = ["| kind | keys | |", "|---|---|---|"]
     for member in members(name):
-        kind = ", ".join(f"`{one}`" for one in typing.get_args(member.model_fields["kind"].annotation))
+        literals = typing.get_args(member.model_fields["kind"].annotation) or (teachers.OWN,)
+        kind = ", ".join(f"`{one}`" for one in literals)
         said = " ".join(document(inspect.cleandoc(member.__doc__ or "")).split())
         lines.append(f"| {kind} | {cell('<br>'.join(map(told, keys(member))))} | {cell(said)} |")
     return "\n".join(lines)
@@ -142,16 +143,17 @@ def estimators(_: str) -> str:
 
 
 def section_class(name: str) -> type[base.Section]:
-    for module in (loss, weights, base, sections):
+    for module in (loss, weights, base, sections, teachers):
         if name in vars(module):
             return typing.cast(type[base.Section], vars(module)[name])
     raise KeyError(name)
 
 
 def members(name: str) -> tuple[type[base.Section], ...]:
-    """Of ``Annotated[A | B, ...]``."""
+    """Of ``Annotated[A | B, ...]``, each perhaps annotated itself."""
     union, *_ = typing.get_args(getattr(config, name))
-    return typing.cast(tuple[type[base.Section], ...], typing.get_args(union))
+    found = (getattr(one, "__origin__", one) for one in typing.get_args(union))
+    return typing.cast(tuple[type[base.Section], ...], tuple(found))
 
 
 def keys(found: type[base.Section]) -> Iterator[Key]:

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from opd_agents.batch import pack
-from opd_agents.config import RunConfig, load_config
+from opd_agents.config import Local, RunConfig, load_config
 from opd_agents.credit import assign_credit
 from opd_agents.evaluation import load_suite, run_suite, summarise, table
 from opd_agents.evaluation.evaluate import Contestant, load_contestant
@@ -48,7 +48,7 @@ def run(output: Path, seed: int, compare: bool) -> Path:
     train(config, resume=True)
     cold, distilled = (stage.folder for stage in config.stages.values())
     teacher = config.stages["opd"].teacher
-    assert teacher is not None and teacher.model is not None  # the shipped config has one
+    assert isinstance(teacher, Local) and teacher.model is not None  # the shipped config has one
     checkpoints = {
         "teacher": Path(teacher.model),
         "student_before": latest_checkpoint(cold),

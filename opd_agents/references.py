@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from opd_agents import envs
 from opd_agents.batch import Packed
 from opd_agents.chat import Chat
-from opd_agents.config import EnvironmentSource, RunConfig
+from opd_agents.config import EnvironmentSource, Local, PlugIn, RunConfig, Self, conditioning_of
+from opd_agents.config import Teacher as TeacherSettings
 from opd_agents.config.needs import Need, reference_needs
-from opd_agents.config.sections import Teacher as TeacherSettings
 from opd_agents.episode import Episode, Limits
 from opd_agents.errors import ConfigError
 from opd_agents.policies.adapters import adapter_base
@@ -49,26 +49,26 @@ class References:
             episode_timeout=rollout.episode_timeout, max_live=rollout.max_live,
         )  # fmt: skip
         for name, settings in settings_of(config).items():
-            if settings.conditioning is not None:
-                self.conditioners[name] = Conditioner(settings.conditioning, chat, limits)
+            if (conditioning := conditioning_of(settings)) is not None:
+                self.conditioners[name] = Conditioner(conditioning, chat, limits)
             self.teachers[name] = self._made(name, settings, config, student, chat)
 
     def _made(
         self, name: str, settings: TeacherSettings, config: RunConfig, student: PreTrainedModel, chat: Chat
     ) -> Teacher:
         temperature, conditioner = config.rollout.temperature, self.conditioners.get(name)
-        if settings.kind == "self":
-            fresh = config.student.lora is not None and (
-                adapter_base(newest_checkpoint(str(config.student.model))) is None
-            )
-            return self_teacher(
-                settings, student, chat, temperature, fresh_adapter=fresh, conditioner=conditioner
-            )
-        if settings.kind == "local":
-            path = newest_checkpoint(str(settings.model))
-            return LocalTeacher(
-                path, chat, dtype=settings.dtype, temperature=temperature, conditioner=conditioner
-            )
+        match settings:
+            case Self():
+                fresh = config.student.lora is not None and (
+                    adapter_base(newest_checkpoint(str(config.student.model))) is None
+                )
+                return self_teacher(
+                    settings, student, chat, temperature, fresh_adapter=fresh, conditioner=conditioner
+                )
+            case Local():
+                path = newest_checkpoint(str(settings.model))
+                dtype = settings.dtype or config.student.dtype
+                return LocalTeacher(path, chat, dtype=dtype, temperature=temperature, conditioner=conditioner)
         own = settings.model  # not always a checkpoint: what it is, its class knows
         own = newest_checkpoint(own) if own and Path(own).exists() else own
         needs = self.needs.get(name, frozenset())
@@ -165,11 +165,13 @@ def check_references(config: RunConfig) -> None:
     """Raise UserError for what the sections name and does not exist or cannot serve the loss."""
     needs = needs_of(config)
     for name, settings in settings_of(config).items():
-        if settings.kind == "local":
-            load_tokenizer(newest_checkpoint(str(settings.model)))
-        elif settings.kind != "self":
-            teacher_class(place(name), settings, needs.get(name, frozenset()))
-        sources = settings.conditioning.sources if settings.conditioning else []
+        match settings:
+            case Local():
+                load_tokenizer(newest_checkpoint(str(settings.model)))
+            case PlugIn():
+                teacher_class(place(name), settings, needs.get(name, frozenset()))
+        conditioning = conditioning_of(settings)
+        sources = conditioning.sources if conditioning else []
         if "expert" in sources and not any(_has_expert(source) for source in config.environments):
             raise ConfigError(
                 f"{place(name)}.conditioning.sources: expert, but none of the environments has a scripted"

@@ -20,7 +20,7 @@ from torch import Tensor
 from opd_agents import envs
 from opd_agents.batch import Packed
 from opd_agents.chat import Chat
-from opd_agents.config.sections import Conditioning
+from opd_agents.config import Conditioning
 from opd_agents.envs import AgentEnv
 from opd_agents.episode import Episode, Limits
 from opd_agents.errors import AlignmentError, ConfigError

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 
 from opd_agents.chat import Chat
+from opd_agents.config import PlugIn
 from opd_agents.config.needs import Need
-from opd_agents.config.sections import Teacher as TeacherSettings
 from opd_agents.errors import ConfigError
 from opd_agents.plugins import load_object
 from opd_agents.teachers.base import Teacher, check_serves
@@ -16,7 +16,7 @@ from opd_agents.teachers.base import Teacher, check_serves
 NEEDED = ("act", "greedy", "score", "tokens", "flops")  # of an instance; see Teacher
 
 
-def teacher_class(place: str, settings: TeacherSettings, needs: AbstractSet[Need]) -> type[Teacher]:
+def teacher_class(place: str, settings: PlugIn, needs: AbstractSet[Need]) -> type[Teacher]:
     """The class that the section ``place`` (`teacher`, or one of `references`) names as its ``kind``. Raises
     UserError for one that cannot be imported, ConfigError where the class does not say what it gives, gives
     no signal that serves what is needed of it, or does not take ``options``."""
@@ -37,7 +37,7 @@ def teacher_class(place: str, settings: TeacherSettings, needs: AbstractSet[Need
 
 def make_teacher(
     place: str,
-    settings: TeacherSettings,
+    settings: PlugIn,
     path: str | None,
     chat: Chat,
     *,

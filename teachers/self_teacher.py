@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opd_agents.chat import Chat
-from opd_agents.config.sections import Teacher as TeacherSettings
+from opd_agents.config import Self
 from opd_agents.policies.adapters import adapter_off
 from opd_agents.policies.models import Head
 from opd_agents.teachers.conditioning import Conditioner
@@ -48,7 +48,7 @@ class CopyTeacher(ModelTeacher):
         self,
         student: PreTrainedModel,
         chat: Chat,
-        settings: TeacherSettings,
+        settings: Self,
         temperature: float,
         *,
         conditioner: Conditioner | None = None,
@@ -111,7 +111,7 @@ class CopyTeacher(ModelTeacher):
 
 
 def self_teacher(
-    settings: TeacherSettings,
+    settings: Self,
     student: PreTrainedModel,
     chat: Chat,
     temperature: float,

@@ -19,7 +19,7 @@ import opd_agents as opd
 from opd_agents import envs
 from opd_agents.batch import pack
 from opd_agents.chat import Chat
-from opd_agents.config.sections import Conditioning
+from opd_agents.config import Conditioning
 from opd_agents.episode import Episode, Limits
 from opd_agents.errors import AlignmentError, ConfigError
 from opd_agents.messages import read_conversation

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from opd_agents.config import EXPERIMENTS, RunConfig, list_methods, load_config, merge, method_text
+from opd_agents.config import EXPERIMENTS, RunConfig, Self, list_methods, load_config, merge, method_text
 from opd_agents.errors import ConfigError, UnknownName
 
 DESK = {"id": "opd_agents/OrderDesk-v0"}
@@ -313,7 +313,7 @@ def test_an_experiment_without_its_models_says_which(given: tuple[str, ...], mis
 
 def test_a_local_experiment_takes_its_own_base_as_teacher_or_trains_all_weights() -> None:
     own = load_config("hf_local", "student.model=s", "teacher.kind=self")
-    assert own.teacher is not None and own.teacher.model is None and own.student.lora is not None
+    assert isinstance(own.teacher, Self) and own.student.lora is not None
     assert load_config("hf_local", *GIVEN["hf_local"], "student.lora=null").student.lora is None
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from test_layers import LAYERS, ROOT, SOURCES, part
 
-from opd_agents.config import base, list_methods, loss, sections, weights
+from opd_agents.config import base, list_methods, loss, sections, teachers, weights
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINK = re.compile(r"\]\(([^)#]+)\)")
@@ -50,9 +50,9 @@ def test_what_documents_take_from_the_presets_and_the_config_is_up_to_date() -> 
 def test_the_page_of_methods_has_every_preset_and_every_key_of_the_loss() -> None:
     page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     assert all(f"\n#### {row['name']}\n" in page for row in list_methods())
-    named = vars(loss) | vars(weights) | vars(base)
+    named = vars(loss) | vars(weights) | vars(base) | vars(teachers)
     found = [one for one in named.values() if inspect.isclass(one) and issubclass(one, base.Section)]
-    found += [sections.Teacher, sections.Conditioning, sections.Rollout, sections.Demonstrations]
+    found += [sections.Rollout, sections.Demonstrations]
     keys = {key for one in found for key in one.model_fields}
     assert len(found) > 25 and not [key for key in keys - {"kind"} if f"`{key}`" not in page]
 

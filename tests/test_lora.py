@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from opd_agents import trainer
 from opd_agents.batch import pack
-from opd_agents.config import Lora, RunConfig, Teacher, load_config
+from opd_agents.config import Lora, RunConfig, Self, load_config
 from opd_agents.errors import CheckpointError, ConfigError
 from opd_agents.evaluation import evaluate
 from opd_agents.frozen import frozen_terms
@@ -187,7 +187,7 @@ def test_a_base_that_is_gone_is_told_with_the_remedy(
 
 
 def frozen(model: Any, chat: Any) -> Any:
-    return self_teacher(Teacher.model_validate(BASE), model, chat, 1.0, fresh_adapter=True)
+    return self_teacher(Self.model_validate(BASE), model, chat, 1.0, fresh_adapter=True)
 
 
 def test_the_base_as_teacher_is_the_student_until_it_learns(base: Path, desk_chat: Any) -> None:
@@ -339,7 +339,7 @@ def test_mistakes_are_told_before_training(tiny_teacher: Path, tmp_path: Path) -
         train(config(output, tiny_teacher, "student.lora.targets=[c_attn]"))
     with pytest.raises(ConfigError, match=r"student\.build"):
         train(load_config(tiny.sft(output, student={"build": tiny.BUILD, "lora": LORA})))
-    with pytest.raises(ConfigError, match=r"`model` is for other kinds"):
+    with pytest.raises(ConfigError, match=r"unknown key `teacher.model`"):
         config(output, tiny_teacher, teacher=BASE | {"model": str(tiny_teacher)})
     assert not os.path.exists(output / "metrics.jsonl")
     train(config(output, tiny_teacher, "trainer.steps=1"))  # the corrected run is not told that there is one

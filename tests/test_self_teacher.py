@@ -12,7 +12,7 @@ from rolling import desk_episodes, rolled, sampler
 
 from opd_agents import trainer
 from opd_agents.batch import pack
-from opd_agents.config import Lora, Teacher, load_config
+from opd_agents.config import Lora, Self, load_config
 from opd_agents.errors import AlignmentError, CheckpointError, ConfigError
 from opd_agents.policies.adapters import add_adapter
 from opd_agents.policies.models import load_model, save_checkpoint
@@ -22,8 +22,8 @@ from opd_agents.teachers.self_teacher import CopyTeacher, SameModelTeacher, self
 from opd_agents.trainer import train
 
 
-def settings(weights: str, **fields: Any) -> Teacher:
-    return Teacher(kind="self", weights=weights, **fields)  # type: ignore[arg-type]
+def settings(weights: str, **fields: Any) -> Self:
+    return Self(kind="self", weights=weights, **fields)  # type: ignore[arg-type]
 
 
 COPY, PREVIOUS = settings("copy", every=2), settings("previous", every=2)
@@ -36,7 +36,7 @@ def pupil(tiny_llama: Any) -> Any:
     return tiny_llama(seed=4, hidden_size=16, num_attention_heads=2, num_key_value_heads=2)
 
 
-def made(model: Any, chat: Any, one: Teacher, fresh_adapter: bool = False) -> Any:
+def made(model: Any, chat: Any, one: Self, fresh_adapter: bool = False) -> Any:
     return self_teacher(one, model, chat, 1.0, fresh_adapter=fresh_adapter)
 
 
@@ -75,7 +75,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     ],
 )
 def test_copies_are_the_student_of_an_earlier_step(
-    one: Teacher, expected: list[int], pupil: Any, desk_chat: Any
+    one: Self, expected: list[int], pupil: Any, desk_chat: Any
 ) -> None:
     teacher, history, seen = made(pupil, desk_chat, one), [weights(pupil)], []
     for step in range(1, 8):
@@ -171,7 +171,7 @@ def said(teacher: Any, packed: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("one", [FROZEN, COPY, PREVIOUS, EMA, LIVE])
 def test_at_first_each_says_what_the_student_says_and_without_gradient(
-    one: Teacher, pupil: Any, packed: Any, desk_chat: Any
+    one: Self, pupil: Any, packed: Any, desk_chat: Any
 ) -> None:
     teacher = made(pupil, desk_chat, one)
     with torch.no_grad():
@@ -185,7 +185,7 @@ def test_at_first_each_says_what_the_student_says_and_without_gradient(
 
 @pytest.mark.parametrize("one", [FROZEN, COPY, PREVIOUS, EMA, LIVE])
 def test_what_was_said_stays_while_the_student_is_updated(
-    one: Teacher, pupil: Any, packed: Any, desk_chat: Any
+    one: Self, pupil: Any, packed: Any, desk_chat: Any
 ) -> None:
     """Several updates use one signal; its head must be that of its hidden states."""
     teacher = made(pupil, desk_chat, one)
@@ -219,7 +219,7 @@ def test_a_live_teacher_acts_as_the_student_is_now(pupil: Any, desk_chat: Any) -
 @pytest.mark.parametrize("one", [FROZEN, COPY, PREVIOUS, EMA])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_its_state_is_all_that_a_resume_needs(
-    one: Teacher, dtype: torch.dtype, pupil: Any, desk_chat: Any
+    one: Self, dtype: torch.dtype, pupil: Any, desk_chat: Any
 ) -> None:
     def step(teacher: Any, number: int) -> None:
         move(pupil, number)

@@ -26,15 +26,14 @@ from opd_agents.config.needs import Need, reference_needs
 from opd_agents.config.run import RunConfig
 from opd_agents.config.sections import (
     ChatSettings,
-    Conditioning,
     Correction,
     Demonstrations,
     EnvironmentSource,
     Lora,
     Recorded,
     Student,
-    Teacher,
 )
+from opd_agents.config.teachers import Conditioning, Local, PlugIn, Self, Teacher, conditioning_of
 from opd_agents.config.weights import Weight
 
 __all__ = [
@@ -49,9 +48,11 @@ __all__ = [
     "Distill",
     "Entropy",
     "EnvironmentSource",
+    "Local",
     "Lora",
     "Loss",
     "Need",
+    "PlugIn",
     "Policy",
     "Preference",
     "Recorded",
@@ -62,11 +63,13 @@ __all__ = [
     "Scheduled",
     "Section",
     "Select",
+    "Self",
     "SignedScheduled",
     "Student",
     "Teacher",
     "Weight",
     "absolute_inputs",
+    "conditioning_of",
     "list_methods",
     "load_config",
     "merge",

@@ -19,9 +19,9 @@ from opd_agents.config.sections import (
     Rollout,
     Sampler,
     Student,
-    Teacher,
     TrainerSettings,
 )
+from opd_agents.config.teachers import Local, Teacher, conditioning_of
 from opd_agents.config.weights import GroupFailed, PassRate, Perplexity
 from opd_agents.types import Actor
 
@@ -102,7 +102,7 @@ def _models_given(config: RunConfig) -> None:
         raise ValueError("student: give either `model` (a checkpoint) or `build` (a fresh model)")
     missing = [] if student.model or student.build else ["student.model"]
     named = {"teacher": config.teacher} | {f"references.{n}": t for n, t in config.references.items()}
-    missing += [f"{n}.model" for n, t in named.items() if t and t.kind == "local" and t.model is None]
+    missing += [f"{n}.model" for n, t in named.items() if isinstance(t, Local) and t.model is None]
     if missing:
         raise ValueError(
             f"{' and '.join(missing)} missing: the folder, or the hub's id, of a checkpoint (a fresh "
@@ -123,7 +123,7 @@ def _references_given(config: RunConfig) -> None:
         raise ValueError(f"the loss compares with `{min(unknown)}`, but `references` has no such: {known}")
     if idle := config.references.keys() - wanted:
         raise ValueError(f"references.{min(idle)}: nothing in the loss compares with it")
-    conditioned = config.teacher is not None and config.teacher.conditioning is not None
+    conditioned = conditioning_of(config.teacher) is not None
     alone = config.rollout.source == "student" and not (conditioned or config.correction)
     if config.rollout.teacher_share and not alone:
         raise ValueError(
@@ -243,8 +243,9 @@ def _groups_fit(config: RunConfig) -> None:
 
 
 def _conditioning_fits(config: RunConfig) -> None:
-    for teacher in filter(None, (config.teacher, *config.references.values())):
-        sources = set(teacher.conditioning.sources if teacher.conditioning else ())
+    for teacher in (config.teacher, *config.references.values()):
+        conditioning = conditioning_of(teacher)
+        sources = set(conditioning.sources if conditioning else ())
         if "peer" in sources and config.rollout.group_size < 2:
             raise ValueError("conditioning.sources: peer is of a group: rollout.group_size must be >= 2")
         acts = teacher is config.teacher and _teacher_acts(config)

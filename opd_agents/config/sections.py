@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from opd_agents.config.base import PLUG_IN, Scheduled, Section, lowest
+from opd_agents.config.base import Scheduled, Section, lowest
 
 
 class Build(Section):
@@ -35,67 +35,6 @@ class Student(Section):
     build: Build | None = None
     lora: Lora | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
-
-
-class Conditioning(Section):
-    """What a teacher is told beyond the student's history: privileged context, rendered into ``template``
-    where it says ``{context}`` and put at the end of the system prompt or of the first user message.
-
-    ``sources``, the first that has something for an episode: a constant ``text``; the scripted ``expert``'s
-    actions on the same task; the actions of another, successful episode (``peer``) of the group; what the
-    environment last said to a failed one (``feedback``). An episode for which none has any is not taught.
-    """
-
-    sources: list[Literal["text", "expert", "peer", "feedback"]] = Field(min_length=1)
-    text: str | None = None
-    template: str = "{context}"
-    place: Literal["system", "user"] = "user"
-
-    @model_validator(mode="after")
-    def _complete(self) -> Conditioning:
-        if ("text" in self.sources) != (self.text is not None):
-            raise ValueError("`text` is needed with the source `text`, and only there")
-        if "{context}" not in self.template:
-            raise ValueError("`template` must say where the {context} goes")
-        return self
-
-
-class Teacher(Section):
-    """``local``: the checkpoint ``model``. ``self``: the student itself, by ``weights`` as it was at the
-    start (``frozen``), copied ``every`` so many steps (``copy``) or a copy behind (``previous``), as the
-    moving average that takes ``rate`` of it after each update (``ema``), or as it is (``live``).
-    ``module:name``: a class of yours, made with ``options``."""
-
-    kind: Literal["local", "self"] | Annotated[str, Field(pattern=PLUG_IN)] = "local"
-    model: str | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    options: dict[str, Any] = {}
-    weights: Literal["frozen", "copy", "ema", "live", "previous"] | None = None
-    every: int | None = Field(None, gt=0)
-    rate: float | None = Field(None, gt=0, lt=1)
-    conditioning: Conditioning | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _frozen_by_default(cls, given: Any) -> Any:
-        own = isinstance(given, dict) and given.get("kind") == "self" and given.get("weights") is None
-        return given | {"weights": "frozen"} if own else given
-
-    @model_validator(mode="after")
-    def _fits_kind(self) -> Teacher:
-        if self.options and self.kind in ("local", "self"):
-            raise ValueError(f"`options` are of a class of your own (kind: module:name), not of {self.kind}")
-        if self.model is not None and self.kind == "self":
-            raise ValueError("`model` is for other kinds: of kind self the student itself teaches")
-        if self.conditioning is not None and self.kind not in ("local", "self"):
-            raise ValueError("`conditioning` is for the kinds local and self")
-        if self.weights is not None and self.kind != "self":
-            raise ValueError("`weights` (frozen, copy, previous, ema or live) are of kind self")
-        if (self.every is not None) != (self.weights in ("copy", "previous")):
-            raise ValueError("`every` (steps) is needed with weights copy and previous, and only there")
-        if (self.rate is not None) != (self.weights == "ema"):
-            raise ValueError("`rate` is needed with weights ema, and only there")
-        return self
 
 
 class Sampler(Section):
