@@ -29,7 +29,7 @@ from typing import Annotated, Any
 import gymnasium
 import typer
 from cases import Case, chosen
-from figures import markdown, spread, write
+from figures import keep, markdown, spread
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from raw_environments import RAW, Raw
 
@@ -308,10 +308,12 @@ def main(
             cases = chosen(names or [], Path(folder))
         except UserError as error:
             raise typer.BadParameter(str(error)) from error
-        result = measure(cases, repeats, seconds)
-    if (file := out / "environments.json").exists():
-        result = merged(json.loads(file.read_text(encoding="utf-8")), result, list(cases))
-    write(out, "environments", result, page(result), as_json)
+        for name, case in cases.items():  # each is kept at once: all of them take long
+            result = measure({name: case}, repeats, seconds)
+            if (file := out / "environments.json").exists():
+                result = merged(json.loads(file.read_text(encoding="utf-8")), result, [name])
+            keep(out, "environments", result, page(result))
+    print(json.dumps(result, indent=1) if as_json else page(result))
 
 
 if __name__ == "__main__":

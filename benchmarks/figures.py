@@ -42,8 +42,12 @@ def markdown(about: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, s
 
 def write(out: Path, name: str, result: Mapping[str, Any], page: str, as_json: bool) -> None:
     """Figures and table into the folder ``out``; one of them is printed."""
-    data = json.dumps(result, indent=1) + "\n"
+    keep(out, name, result, page)
+    print(json.dumps(result, indent=1) + "\n" if as_json else page, end="")
+
+
+def keep(out: Path, name: str, result: Mapping[str, Any], page: str) -> None:
+    """Figures and table into the folder ``out``."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(data, encoding="utf-8")
+    (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (out / f"{name}.md").write_text(page, encoding="utf-8")
-    print(data if as_json else page, end="")

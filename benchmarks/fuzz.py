@@ -28,7 +28,7 @@ from typing import Annotated, Any
 
 import typer
 from cases import Case, chosen
-from figures import markdown, write
+from figures import keep, markdown
 
 from opd_agents import envs
 from opd_agents.errors import EnvironmentContractError, MissingPart, UserError
@@ -143,8 +143,9 @@ def main(
         for name, case in cases.items():
             rows[name] = fresh_process(case, plugins or [], actions, seconds)
             print(name, rows[name], file=sys.stderr)
-    result = {"cores": os.cpu_count(), "load after": round(os.getloadavg()[0], 2), "rows": rows}
-    write(out, "fuzz", result, page(result), as_json)
+            result = {"cores": os.cpu_count(), "load after": round(os.getloadavg()[0], 2), "rows": rows}
+            keep(out, "fuzz", result, page(result))  # at once: all of them take long
+    print(json.dumps(result, indent=1) if as_json else page(result))
     if any("problem" in rows[name] for name in cases):
         raise typer.Exit(1)
 

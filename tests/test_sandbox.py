@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -422,6 +423,20 @@ def test_a_container_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> 
         for container in containers:
             owners.remove(container)
         assert python(sandbox, "print(3)").output == "3\n"
+
+
+@pytest.mark.real("docker")
+def test_many_threads_start_and_end_containers_at_once() -> None:
+    """More addresses than a client of docker's keeps connections to: shared, it would close those in use."""
+    from opd_agents.tools.sandbox.docker import own_client
+
+    def one(number: int) -> str:
+        with open_sandbox("docker", limits=Limits(cpus=0.6)) as sandbox:
+            return python(sandbox, f"print({number})").output
+
+    with ThreadPoolExecutor(6) as pool:
+        assert pool.submit(own_client).result() is not own_client()
+        assert list(pool.map(one, range(36))) == [f"{number}\n" for number in range(36)]
 
 
 @pytest.mark.real("docker")

@@ -22,7 +22,6 @@ from opd_agents.tools.sandbox.supervised import WRITABLE, Line, SupervisedSandbo
 
 if TYPE_CHECKING:
     import docker
-    from docker.models.containers import Container
 
 IMAGE = "opd-agents/sandbox:latest"
 SPARES = 2  # containers of one kind that wait, started, for who takes them
@@ -47,9 +46,8 @@ class Spares:
     """Started containers of one image and one set of limits, so that nobody waits for a start."""
 
     def __init__(self, image: str, limits: Limits) -> None:
-        self._client = connect()
-        reap(self._client)
-        check_image(self._client, image)
+        reap(own_client())
+        check_image(own_client(), image)
         self._image, self._limits = image, limits
         self._ready: queue.SimpleQueue[Line] = queue.SimpleQueue()
         self._over = threading.Event()
@@ -59,7 +57,7 @@ class Spares:
 
     def take(self) -> Line:
         """A spare, or a new one where none is ready."""
-        line = self._spare() or start(self._client, self._image, self._limits)
+        line = self._spare() or start(own_client(), self._image, self._limits)
         self._refill()
         return line
 
@@ -81,7 +79,7 @@ class Spares:
     def _fill(self) -> None:
         with contextlib.suppress(MissingPart):  # whoever takes one then starts it himself, and is told why
             while self._ready.qsize() < SPARES and not self._over.is_set():
-                self._ready.put(start(self._client, self._image, self._limits))
+                self._ready.put(start(own_client(), self._image, self._limits))
 
     def stop(self) -> None:
         """End the spares; without it the end of a process in the midst of a start would leave a container."""
@@ -93,6 +91,7 @@ class Spares:
 
 _POOLS: dict[tuple[str, Limits], Spares] = {}
 _LOCK = threading.Lock()
+_OWN = threading.local()
 
 
 def spares(image: str, limits: Limits) -> Spares:
@@ -104,8 +103,8 @@ def spares(image: str, limits: Limits) -> Spares:
 
 
 def _after_fork() -> None:  # neither its parent's threads are there, nor are the lines its own
-    global _LOCK
-    _LOCK = threading.Lock()
+    global _LOCK, _OWN
+    _LOCK, _OWN = threading.Lock(), threading.local()
     _POOLS.clear()
 
 
@@ -130,6 +129,15 @@ def connect() -> docker.DockerClient:
             f"The Docker sandbox needs a Docker daemon, and none answers ({error}). Start it "
             "(`systemctl start docker`, or `dockerd`), or let DOCKER_HOST name another."
         ) from error
+    return client
+
+
+def own_client() -> docker.DockerClient:
+    """The client of this thread, made when it first asks. docker's clients cannot be shared: they keep the
+    connections of few addresses, and a container's is one, so that a thread may close another's."""
+    if "client" not in vars(_OWN):
+        _OWN.client = connect()
+    client: docker.DockerClient = _OWN.client
     return client
 
 
@@ -166,7 +174,7 @@ def start(client: docker.DockerClient, image: str, limits: Limits) -> Line:
     except (docker.errors.DockerException, OSError) as error:
         raise MissingPart(f"A container of the image {image} does not start: {error}") from error
     connection = stream if isinstance(stream, socket.socket) else stream._sock
-    line = ContainerLine(connection, container)
+    line = ContainerLine(connection, str(container.id))
     try:
         line.answer(START_SECONDS)
     except (OSError, ValueError) as error:
@@ -214,14 +222,22 @@ def options(limits: Limits) -> dict[str, Any]:
 class ContainerLine(Line):
     """The line to a container."""
 
-    def __init__(self, connection: socket.socket, container: Container) -> None:
+    def __init__(self, connection: socket.socket, container: str) -> None:
+        """``container``: its id."""
         super().__init__(connection, _Frames(connection).receive)
         self._container = container
 
     def kill(self) -> None:
         super().kill()
         # The daemon may take long over a container that hangs: nobody shall wait for that.
-        threading.Thread(target=remove, args=(self._container,), name="sandbox-kill", daemon=True).start()
+        threading.Thread(target=_end, args=(self._container,), name="sandbox-kill", daemon=True).start()
+
+
+def _end(id: str) -> None:
+    import docker
+
+    with contextlib.suppress(docker.errors.NotFound):
+        remove(own_client().containers.get(id))
 
 
 class _Frames:
