@@ -57,7 +57,7 @@ class Recorded:
         self._actions = actions
 
     def act(self, histories: Sequence[History]) -> list[Action]:
-        taken = [sum(message.role == "tool" for message in one.messages) for one in histories]
+        taken = [len(one.turns) for one in histories]
         texts = [self._actions[int(one.uid)][turn] for one, turn in zip(histories, taken, strict=True)]
         return [Action(Actor.EXPERT, StopReason.NOT_SAMPLED, text=text) for text in texts]
 

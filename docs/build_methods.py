@@ -25,7 +25,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from opd_agents import config
-from opd_agents.config import base, list_methods, loss, sections, teachers, weights
+from opd_agents.config import base, endpoint, judge, list_methods, loss, sections, serving, teachers, weights
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "methods.md")
@@ -35,7 +35,8 @@ WORDS = {
     "float": "number", "int": "whole number", "str": "text", "bool": "true or false", "Any": "anything",
     "PlugIn": "`module:name`", "Component": "[component](#components)",
     "Weight": "[weight](#weights-and-gates)", "Scheduled": "number >= 0 or [schedule](#schedules)",
-    "SignedScheduled": "number or [schedule](#schedules)",
+    "SignedScheduled": "number or [schedule](#schedules)", "Weights": "by name: number >= 0",
+    "Member": "one of these", "Asked": "one of kind `local` or `vllm`",
 }  # fmt: skip
 BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
@@ -143,7 +144,7 @@ def estimators(_: str) -> str:
 
 
 def section_class(name: str) -> type[base.Section]:
-    for module in (loss, weights, base, sections, teachers):
+    for module in (loss, weights, base, sections, teachers, endpoint, judge, serving):
         if name in vars(module):
             return typing.cast(type[base.Section], vars(module)[name])
     raise KeyError(name)

@@ -23,6 +23,7 @@ from typer.core import TyperGroup
 from opd_agents import cli_sandbox
 from opd_agents.errors import ConfigError, OpdError, UserError
 from opd_agents.terminal import (
+    check_table,
     details,
     envs_table,
     err,
@@ -84,6 +85,15 @@ Options = Annotated[
 ]
 
 
+BaseUrl = Annotated[
+    str | None, typer.Option("--base-url", help="Of api:MODEL; default: OPENAI_BASE_URL, else OpenAI's.")
+]
+KeyName = Annotated[
+    str | None,
+    typer.Option("--key-env", metavar="NAME", help="The variable with its key; default: OPENAI_API_KEY."),
+]
+
+
 @app.callback()
 def plugins(
     modules: Annotated[
@@ -129,6 +139,9 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
     seeds: Annotated[str | None, typer.Option(help="Several runs, a folder each: 0-4 or 0,3,7.")] = None,
+    probes: Annotated[
+        bool, typer.Option("--probes/--no-probes", help="Look first whether all see the same tokens.")
+    ] = True,
 ) -> None:
     """Run a distillation experiment.
 
@@ -145,15 +158,40 @@ def train(
     from opd_agents import trainer  # late: a mistake in the config is told before torch is loaded
 
     runs = (
-        trainer.train_seeds(loaded, chosen, resume=resume)
+        trainer.train_seeds(loaded, chosen, resume=resume, probes=probes)
         if chosen
-        else [trainer.train(loaded, resume=resume)]
+        else [trainer.train(loaded, resume=resume, probes=probes)]
     )
     if not world.is_main:
         return
     for run in runs:
         show_run(run)
     out.print(f"Report: {write_report(runs, loaded.folder / 'report.html')}", soft_wrap=True)
+
+
+@app.command()
+def check(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="As of `train`.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that replace the file's.")
+    ] = None,
+    episodes: Annotated[int, typer.Option(min=1, help="Episodes of the step that is tried.")] = 8,
+    as_json: Json = False,
+) -> None:
+    """Look before training: do student, teacher and sampler see the same tokens, and does it fit?
+
+    Example: `opd-agents check quickstart`
+    """
+    from opd_agents.config import load_config
+
+    loaded = load_config(config, *overrides or ())
+    from opd_agents import checking
+
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        stages = checking.check(loaded, episodes=episodes)
+    print_result(rows := [stage.row() for stage in stages], check_table(rows), as_json)
+    if not all(stage.passed for stage in stages):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -166,12 +204,14 @@ def evaluate(
         ),
     ],
     policy: Annotated[
-        list[str], typer.Option(help="A checkpoint or run folder, expert or random; repeatable.")
+        list[str], typer.Option(help="A checkpoint or run folder, api:MODEL, expert or random; repeatable.")
     ],
     limit: Annotated[int | None, typer.Option(min=1, help="Only N tasks, one sample each.")] = None,
     split: Annotated[str, typer.Option(help="Split that the tasks come from.")] = "test",
     option: Options = None,
     folder: Annotated[Path | None, typer.Option("--out", help="Write trajectories and results here.")] = None,
+    base_url: BaseUrl = None,
+    key_env: KeyName = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate policies on the held-out tasks of a suite.
@@ -183,8 +223,9 @@ def evaluate(
     # Libraries may print while policies load and play: with --json standard output holds the document alone.
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         result = evaluation.evaluate(
-            suite, policies=policy, limit=limit, out=folder, split=split, options=_options(option)
-        )
+            suite, policies=policy, limit=limit, out=folder, split=split, options=_options(option),
+            endpoint=_endpoint(base_url, key_env),
+        )  # fmt: skip
     print_result(result, evaluation.table(result), as_json)
 
 
@@ -193,13 +234,15 @@ def rollout(
     env_id: Annotated[
         str, typer.Argument(metavar="ENV_ID", help="An environment; `opd-agents envs` lists them.")
     ],
-    policy: Annotated[str, typer.Option(help="A checkpoint or run folder, expert or random.")],
+    policy: Annotated[str, typer.Option(help="A checkpoint or run folder, api:MODEL, expert or random.")],
     episodes: Annotated[int, typer.Option(min=1, help="How many episodes.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the tasks and of sampling.")] = 0,
     split: Annotated[str, typer.Option(help="Split that the tasks come from.")] = "train",
     option: Options = None,
     watch: Annotated[bool, typer.Option("--watch", help="Show each episode turn by turn.")] = False,
     file: Annotated[Path | None, typer.Option("--out", help="Write the trajectories as JSON lines.")] = None,
+    base_url: BaseUrl = None,
+    key_env: KeyName = None,
 ) -> None:
     """Let a policy act in an environment.
 
@@ -215,6 +258,7 @@ def rollout(
         "seed": seed,
         "split": split,
         "options": _options(option),
+        "endpoint": _endpoint(base_url, key_env),
     }
     if file is None:
         play(env_id, policy, watch=show, **settings)
@@ -375,6 +419,19 @@ def _options(given: Sequence[str] | None) -> dict[str, Any]:
     from opd_agents.config import absolute_inputs, parse_overrides
 
     return absolute_inputs(parse_overrides(given or ()), Path.cwd())
+
+
+def _endpoint(base_url: str | None, key_env: str | None) -> Any:
+    """Of ``api:MODEL``. A server of one's own, such as vLLM's, asks for no key unless one is named."""
+    from pydantic import ValidationError
+
+    from opd_agents.config import Endpoint
+
+    key = key_env or ("OPENAI_API_KEY" if base_url is None or "OPENAI_API_KEY" in os.environ else None)
+    try:
+        return Endpoint(base_url=base_url, key=key)
+    except ValidationError as error:
+        raise ConfigError(f"--base-url or --key-env: {error.errors()[0]['msg']}") from None
 
 
 def _seeds(text: str) -> list[int]:

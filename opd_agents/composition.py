@@ -4,7 +4,8 @@ policy component's advantage is composed of. Without gradient, once per step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from opd_agents.batch import Packed
 from opd_agents.config import Policy, ReferencePart, RewardPart, Select
 from opd_agents.config.weights import Weight
 from opd_agents.errors import AlignmentError
+from opd_agents.judging.opinions import BEST, Opinions
 from opd_agents.objectives import group_advantages, reference_advantages, whitened
 from opd_agents.plugins import Reward
 from opd_agents.types import Outcome, Trajectory
@@ -22,7 +24,8 @@ from opd_agents.weighting import At, WeightInputs, factor
 
 @dataclass(frozen=True, slots=True)
 class Composed:
-    """A policy component's advantage [N], its parts [N] by name, and those of rewards by episode [E]."""
+    """A policy component's advantage [N], its parts [N] by name, and those of rewards by episode [E] (of a
+    reward by action the sum of their sizes)."""
 
     advantage: Tensor
     parts: Mapping[str, Tensor]
@@ -52,14 +55,14 @@ def selected(packed: Packed, trajectories: Sequence[Trajectory], select: Select)
 
 def _of(trajectory: Trajectory, select: Select) -> bool:
     outcomes = [select.outcome] if isinstance(select.outcome, Outcome) else select.outcome
-    return select.source in (None, source_of(trajectory)) and (
-        outcomes is None or trajectory.outcome in outcomes
-    )
+    source = source_of(trajectory)
+    seen = select.source == source or (select.source is None and source != "alternative")
+    return seen and not trajectory.replaced and (outcomes is None or trajectory.outcome in outcomes)
 
 
 def source_of(trajectory: Trajectory) -> str:
     if trajectory.branch is not None:
-        return "correction"
+        return "correction" if trajectory.branch.tried else "alternative"
     return "demonstration" if trajectory.demonstration else "rollout"
 
 
@@ -78,14 +81,23 @@ def compose(
     inputs: WeightInputs,
     at: At,
     rewards: Mapping[str, Reward],
+    opinions: Opinions,
 ) -> Composed:
-    """``sum_j coef_j g_j d_j + sum_i coef_i g_i A_i`` of every token; ``rewards``: the plug-ins of parts."""
+    """``sum_j coef_j g_j d_j + sum_i coef_i g_i A_i`` of every token; ``rewards``: the plug-ins of parts, and
+    ``opinions`` what a judge said, which verbal ones are of."""
     parts, compared = {}, {}
     for name, part in component.references.items():
         parts[name] = _reference_part(part, inputs, at)
     for name, reward_part in component.rewards.items():
-        own = reward_advantages(trajectories, reward_part, component.select, rewards.get(name))
-        parts[name] = _reward_part(reward_part, own[packed.episode], inputs, at)
+        if reward_part.verbal == "action":
+            of_turns = action_advantages(packed, trajectories, reward_part, component.select, opinions)
+            own = torch.zeros(len(trajectories)).index_add(0, _episodes(packed), of_turns.abs())
+            advantage = of_turns[packed.turn]
+        else:
+            reward = _verbal(opinions) if reward_part.verbal else rewards.get(name)
+            own = reward_advantages(trajectories, reward_part, component.select, reward)
+            advantage = own[packed.episode]
+        parts[name] = _reward_part(reward_part, advantage, inputs, at)
         compared[name] = own
     total = torch.stack(list(parts.values())).sum(0)
     if component.whiten:
@@ -119,30 +131,65 @@ def reward_advantages(
 ) -> Tensor:
     """Advantage of each trajectory [E]; 0 for branches, errors and ungrouped episodes.
 
-    ``reward`` of a trajectory is what is compared; None: what the environment gave. A group's demonstrations
-    are compared with the student's episodes, unless ``select.source`` is rollout. An unfinished episode
-    counts with the reward that it has, or where the part masks it not at all, as one whose environment
-    failed.
+    ``reward`` of a trajectory is what is compared (NaN: none); None: what the environment gave. A group's
+    demonstrations are compared with the student's episodes, unless ``select.source`` is rollout. An
+    unfinished episode counts with the reward that it has, or where the part masks it not at all, as one whose
+    environment failed or which a demonstration replaced.
     """
-    groups, alone = group_numbers(trajectories), select.source == "rollout"
-    counted = [
-        i
-        for i, t in enumerate(trajectories)
-        if (t.group or part.baseline == "none")
-        and t.branch is None
-        and not t.recorded
-        and t.outcome is not Outcome.ERROR
-        and not (part.unfinished == "masked" and t.cut_off)
-        and not (alone and t.demonstration)
-    ]
-    result = torch.zeros(len(trajectories))
+    given = {i: reward(t) if reward else t.reward for i, t in _compared(trajectories, part, select)}
+    return _advantages(given, group_numbers(trajectories), part)
+
+
+def action_advantages(
+    packed: Packed, trajectories: Sequence[Trajectory], part: RewardPart, select: Select, opinions: Opinions
+) -> Tensor:
+    """Advantage of each turn of the packed table by its own score, over all those of its group; 0 where there
+    is none, and where :func:`reward_advantages` of an episode is."""
+    groups, compared = group_numbers(trajectories), dict(_compared(trajectories, part, select))
+    given = {}
+    for number, (episode, turn) in enumerate(packed.turns):
+        said = opinions.of(trajectories[episode].uid, turn) if episode in compared else None
+        if said is not None and said.score is not None:
+            given[number] = said.score / BEST
+    return _advantages(given, groups[_episodes(packed)], part)
+
+
+def _compared(
+    trajectories: Sequence[Trajectory], part: RewardPart, select: Select
+) -> Iterator[tuple[int, Trajectory]]:
+    """The episodes that a reward compares, with their places."""
+    for index, one in enumerate(trajectories):
+        grouped = bool(one.group) or part.baseline == "none"
+        played = one.branch is None and not one.recorded and one.outcome is not Outcome.ERROR
+        masked = part.unfinished == "masked" and one.cut_off
+        apart = one.replaced or (select.source == "rollout" and one.demonstration)
+        if grouped and played and not masked and not apart:
+            yield index, one
+
+
+def _advantages(given: Mapping[int, float], groups: Tensor, part: RewardPart) -> Tensor:
+    """Of items [M] in ``groups`` [M], those that are ``given`` a number compared with each other."""
+    counted = [index for index, value in given.items() if not math.isnan(value)]
+    result = torch.zeros(len(groups))
     if counted:
-        given = [reward(trajectories[i]) if reward else trajectories[i].reward for i in counted]
         result[counted] = group_advantages(
-            torch.tensor(given, dtype=torch.float32), groups[counted],
+            torch.tensor([given[index] for index in counted], dtype=torch.float32), groups[counted],
             baseline=part.baseline, normalise=part.normalise,
         )  # fmt: skip
     return result
+
+
+def _verbal(opinions: Opinions) -> Reward:
+    def reward(trajectory: Trajectory) -> float:
+        score = opinions.episode_score(trajectory)
+        return math.nan if score is None else score / BEST
+
+    return reward
+
+
+def _episodes(packed: Packed) -> Tensor:
+    """The episode of each turn."""
+    return torch.tensor([episode for episode, _ in packed.turns], dtype=torch.int64)
 
 
 def group_numbers(trajectories: Sequence[Trajectory]) -> Tensor:

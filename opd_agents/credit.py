@@ -11,6 +11,7 @@ from torch import Tensor
 from opd_agents.batch import Packed
 from opd_agents.composition import Composed
 from opd_agents.frozen import FrozenTerms
+from opd_agents.judging.opinions import NOTHING_SAID, Opinions
 from opd_agents.plugins import CreditFunction
 from opd_agents.types import Credit, Trajectory
 
@@ -21,9 +22,10 @@ def assign_credit(
     frozen: FrozenTerms | None,
     composed: Mapping[str, Composed],
     corrections: Mapping[tuple[str, int], str],
+    opinions: Opinions = NOTHING_SAID,
 ) -> list[list[Credit]]:
     """One ``Credit`` per turn of each trajectory; ``composed`` are the advantages of policy components,
-    ``corrections`` maps (trajectory uid, turn) to the verdict on a repair."""
+    ``corrections`` maps (trajectory uid, turn) to the verdict on a repair, ``opinions`` are a judge's."""
     count = packed.per_turn(torch.ones(len(packed.target))).clamp(min=1)
     terms = frozen.references.get("teacher") if frozen else None
     teacher = None if terms is None else packed.per_turn(terms.logprob)
@@ -36,12 +38,16 @@ def assign_credit(
     credits: list[list[Credit]] = [[] for _ in trajectories]
     for number, (episode, index) in enumerate(packed.turns):
         trajectory = trajectories[episode]
+        said = opinions.of(trajectory.uid, index)
         credits[episode].append(
             Credit(
                 kl_sum=None if kl is None else float(kl[number]),
                 kl_mean=None if kl is None else float(kl[number] / count[number]),
                 teacher_logprob=None if teacher is None else float(teacher[number]),
                 advantage={name: float(values[number]) for name, values in parts.items()},
+                score=said.score if said else None,
+                verdict=said.verdict if said else None,
+                reason=said.reason if said else "",
                 correction=corrections.get((trajectory.uid, index)),
                 weight=trajectory.turns[index].weight,
             )

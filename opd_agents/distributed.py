@@ -59,8 +59,8 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def total(self, counted: int) -> int:
-        """The exact sum of a whole number over all ranks."""
+    def total(self, counted: float) -> float:
+        """The sum of a number over all ranks, exact for whole ones."""
         return sum(self.gather(counted))
 
     def sum(self, values: Tensor) -> Tensor:

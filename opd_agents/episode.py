@@ -161,9 +161,8 @@ class Live:
             self.limits.max_tokens_per_turn, self.limits.max_context_tokens - len(self.ids),
             self.limits.action_room(self.turns),
         )  # fmt: skip
-        messages = (*self.opening, *(Message("tool", turn.observation) for turn in self.turns))
-        episode, ask = self.episode, self.host.call
-        return History(episode.uid, episode.stream, self.ids, messages, most, self.env, ask)
+        episode, ask, turns = self.episode, self.host.call, tuple(self.turns)
+        return History(episode.uid, episode.stream, self.ids, self.opening, most, self.env, ask, turns)
 
     def over_budget(self) -> bool:
         """End the episode as unfinished when no room is left for another action."""
@@ -180,11 +179,11 @@ class Live:
 
     def step(self, action: Action) -> Callable[[], None]:
         """Begin to take ``action``; what is returned waits for the environment's answer."""
-        taken: list[tuple[_Said, Pending[_Answer]]] = []
+        taken: list[tuple[Said, Pending[_Answer]]] = []
         self._guard(lambda: taken.append(self._take(action)))
         return lambda: self._guard(lambda: self._answer(*taken[0])) if taken else None
 
-    def _take(self, action: Action) -> tuple[_Said, Pending[_Answer]]:
+    def _take(self, action: Action) -> tuple[Said, Pending[_Answer]]:
         if action.failure is not None:
             raise OpdError(action.failure)
         if action.stop_reason is StopReason.LENGTH:
@@ -194,10 +193,10 @@ class Live:
                 action = dataclasses.replace(action, stop_reason=StopReason.ACTIONS)
         after = self.turns[-1].messages[-1:] if self.turns else ()
         env = self.env
-        said = _read(env, self.chat, action, self.context, after=after[0].role if after else "user")
+        said = read_action(env, self.chat, action, self.context, after=after[0].role if after else "user")
         return said, self.host.submit(lambda: _Answer(env.state_digest(), *env.step(said.to_env)))
 
-    def _answer(self, said: _Said, pending: Pending[_Answer]) -> None:
+    def _answer(self, said: Said, pending: Pending[_Answer]) -> None:
         answer = self.host.result(pending)
         turn = _turn(said, answer, self.chat, self.context, self.starts_segment, self.limits)
         self.turns.append(turn)
@@ -253,7 +252,7 @@ def segment_ids(turns: Sequence[Turn]) -> tuple[int, ...]:
     return tuple(i for turn in turns[start:] for i in (*turn.context_ids, *turn.action_ids))
 
 
-class _Said(NamedTuple):
+class Said(NamedTuple):
     """An action as it is recorded, and as the environment gets it."""
 
     action: Action
@@ -275,27 +274,27 @@ class _Answer(NamedTuple):
     info: dict[str, Any]
 
 
-def _read(
+def read_action(
     env: AgentEnv, chat: Chat | None, action: Action, context_ids: tuple[int, ...], *, after: str
-) -> _Said:
+) -> Said:
     """``after`` is the role of the message before the action."""
     text = action.text or ""
     if not chat:
-        return _Said(action, action.ids, text, text, None, ())
+        return Said(action, action.ids, text, text, None, ())
     tools, text_only = env.tools, env.text_only
     if action.ids:
         parsed = chat.parse(
             action.ids, ended=_ended(action.stop_reason), context_ids=context_ids, tools=tools,
             forced=action.forced, text_only=text_only,
         )  # fmt: skip
-        return _Said(action, action.ids, parsed.text, parsed.action, parsed.error, parsed.spans)
+        return Said(action, action.ids, parsed.text, parsed.action, parsed.error, parsed.spans)
     ids = chat.encode_action(text, after=after, tools=tools, text_only=text_only)
     spans = chat.parse(ids, ended=True, context_ids=context_ids, tools=tools, text_only=text_only).spans
-    return _Said(action, ids, text, text, None, spans)
+    return Said(action, ids, text, text, None, spans)
 
 
 def _turn(
-    said: _Said, answer: _Answer, chat: Chat | None, context_ids: tuple[int, ...], starts_segment: bool,
+    said: Said, answer: _Answer, chat: Chat | None, context_ids: tuple[int, ...], starts_segment: bool,
     limits: Limits,
 ) -> Turn:  # fmt: skip
     action, info, observation = said.action, answer.info, answer.observation

@@ -11,6 +11,8 @@
     |-- EnvironmentContractError      an environment breaks the contract (its author's mistake)
     |   |-- NotForkable               snapshot or fork asked of an environment with fork_mode "none"
     |   `-- ReplayDivergence          replayed actions did not lead to the recorded state
+    |-- ServerError                   a server that a run needs does not answer, or refuses a request
+    |-- BudgetSpent                   what an endpoint may cost is spent; the run stops, and can go on
     |-- EnvironmentCrashed            the process of an environment ended; its episode is lost, no other is
     `-- AlignmentError                tokens, histories, temperatures or masks do not match: refuse to train
 
@@ -75,6 +77,14 @@ class NotForkable(EnvironmentContractError):
 
 class ReplayDivergence(EnvironmentContractError):
     """Replaying the recorded actions led to another state than the recorded one."""
+
+
+class ServerError(OpdError):
+    """A server that a run needs does not answer, after all retries, or refuses a request."""
+
+
+class BudgetSpent(OpdError):
+    """What the config lets an endpoint cost is spent; no further request was made."""
 
 
 class EnvironmentCrashed(OpdError):

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from opd_agents import envs
 from opd_agents.batch import Packed, pack
 from opd_agents.composition import Composed, compose, group_numbers, selected, weigh
-from opd_agents.config import Component, Distill, Policy, Preference
-from opd_agents.correction import Repair, correct
+from opd_agents.config import Component, Correction, Distill, Policy, Preference
+from opd_agents.correction import Proposed, Repair, correct, earliest_errors, may_be_repaired
+from opd_agents.correction.states import Place
 from opd_agents.credit import assign_credit, factors, with_factors
 from opd_agents.errors import AlignmentError, EnvironmentContractError
 from opd_agents.frozen import FrozenTerms, check_behaviour, frozen_terms
+from opd_agents.judging import NOT_ASKED, Judged, Opinions
 from opd_agents.plugins import load_credit, load_reward
+from opd_agents.policies.base import Policy as ActingPolicy
 from opd_agents.policies.models import forward_flops
+from opd_agents.policies.probe import GAPS
 from opd_agents.session import Session
 from opd_agents.teachers import HiddenStates, SampledLogprobs, TeacherSignal, TeacherTopK
-from opd_agents.types import Actor, Credit, Outcome, Trajectory
+from opd_agents.teachers.api import Writable
+from opd_agents.types import ActionFeedback, Actor, Credit, Outcome, Trajectory, Verdict
 from opd_agents.weighting import WeightInputs
 
-# How far the trainer's log-probs may be from the sampler's, in nats. A bfloat16 logit between 32 and 64, as
-# large models have, is known to 0.25 only: one token says little there, but all of them tell other weights.
-GAPS = {"float32": {"tolerance": 1e-3}, "bfloat16": {"tolerance": 5.0, "mean": 0.2}}
+VERDICTS = tuple(Verdict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +49,14 @@ class Experience:
     frozen: FrozenTerms
     owned: Tensor
     repairs: tuple[Repair, ...] = ()
+    feedback: tuple[ActionFeedback, ...] = ()  # a judge's, of the rollouts
+    proposed: Judged = NOT_ASKED  # what a judge would have corrected in them
 
     @property
     def rollouts(self) -> tuple[Trajectory, ...]:
         """Of the source: neither branches, nor demonstrations, nor recordings."""
-        others = (t for t in self.trajectories if t.branch is None and not t.recorded)
-        return tuple(t for t in others if not t.demonstration)
+        others = (t for t in self.trajectories if t.branch is None and not t.demonstration)
+        return tuple(t for t in others if not (t.recorded or t.stored))
 
     @property
     def demonstrations(self) -> tuple[Trajectory, ...]:
@@ -57,11 +64,13 @@ class Experience:
 
     @property
     def recorded(self) -> tuple[Trajectory, ...]:
-        return tuple(t for t in self.trajectories if t.recorded)
+        return tuple(t for t in self.trajectories if t.recorded or t.stored)
 
 
-def score(session: Session, trajectories: Sequence[Trajectory]) -> Experience:
-    """The teacher's signal and the frozen token terms, once per trajectory.
+def score(
+    session: Session, trajectories: Sequence[Trajectory], feedback: tuple[ActionFeedback, ...] = ()
+) -> Experience:
+    """The teacher's signal and the frozen token terms, once per trajectory, beside a judge's ``feedback``.
 
     Raises AlignmentError where the trainer's log-probs are not the sampler's, EnvironmentContractError where
     every episode failed.
@@ -86,7 +95,7 @@ def score(session: Session, trajectories: Sequence[Trajectory]) -> Experience:
             packed, trajectories, frozen, session.step, **GAPS[config.student.dtype],
             teacher_share=config.rollout.teacher_share,
         )  # fmt: skip
-    return Experience(tuple(trajectories), packed, signals, taught, frozen, owned)
+    return Experience(tuple(trajectories), packed, signals, taught, frozen, owned, feedback=feedback)
 
 
 def _reads_terms(session: Session, trajectories: Sequence[Trajectory]) -> bool:
@@ -100,21 +109,44 @@ def _reads_terms(session: Session, trajectories: Sequence[Trajectory]) -> bool:
 
 def with_repairs(session: Session, experience: Experience) -> Experience:
     """The experience and its accepted repairs, within the share of tokens that the config grants them."""
-    settings, teacher = session.config.correction, session.teacher
-    if settings is None or teacher is None:
+    settings = session.config.correction
+    if settings is None:
         return experience
     totals, share = session.totals, settings.token_share
     rolled_out = totals["generated_tokens"] - totals["correction_tokens"]
-    rolled_out += sum(trajectory.n_action_tokens for trajectory in experience.trajectories)
+    rolled_out += sum(one.n_action_tokens for one in experience.trajectories if one.branch is None)
+    token_budget = share / (1 - share) * rolled_out - totals["correction_tokens"]
+    if token_budget <= 0:  # before a judge is paid for what cannot be proved
+        return experience
+    errors, policy, judged = _proposals(session, experience, settings)
     repairs = correct(
-        experience.trajectories, experience.packed, experience.frozen.references["teacher"].logprob, settings,
-        stream=(session.config.seed, session.step),
-        token_budget=share / (1 - share) * rolled_out - totals["correction_tokens"],
-        student=session.student_sampler, teacher=teacher.greedy, make=envs.launch, chat=session.chat,
+        errors, settings, stream=(session.config.seed, session.step), token_budget=token_budget,
+        student=session.student_sampler, teacher=policy, make=envs.launch, chat=session.chat,
         limits=session.limits, temperature=session.config.rollout.temperature, world=session.world,
     )  # fmt: skip
     branches = [repair.branch for repair in repairs if repair.branch is not None]
-    return _joined(experience, score(session, branches), tuple(repairs))
+    return _joined(replace(experience, proposed=judged), score(session, branches), tuple(repairs))
+
+
+def _proposals(
+    session: Session, experience: Experience, settings: Correction
+) -> tuple[list[Place], ActingPolicy, Judged]:
+    """Where the earliest errors are, who acts there instead, and what a judge was asked for it."""
+    trajectories = experience.trajectories
+    if settings.propose.by == "teacher" and session.teacher is not None:
+        logprob, below = experience.frozen.references["teacher"].logprob, settings.propose.below
+        errors = earliest_errors(trajectories, experience.packed, logprob, below)
+        return errors, session.teacher.greedy, NOT_ASKED
+    failed = [one for one in trajectories if may_be_repaired(one)]
+    random = np.random.Generator(
+        np.random.Philox(key=[session.config.seed, session.step], counter=[0, 0, 7, 2**63])
+    )
+    some = sorted(random.permutation(len(failed))[: settings.episodes_per_step].tolist())
+    judged = session.world.from_main(lambda: session.judge_errors([failed[index] for index in some]))
+    texts = {one.trajectory: one.replacement or "" for one in judged.feedback}
+    turns = {one.trajectory: one.turn or 0 for one in judged.feedback}
+    errors = [(one, turns[one.uid]) for one in trajectories if one.uid in turns]
+    return errors, Writable(Proposed(texts), session.chat), judged
 
 
 def _joined(experience: Experience, branches: Experience, repairs: tuple[Repair, ...]) -> Experience:
@@ -123,7 +155,10 @@ def _joined(experience: Experience, branches: Experience, repairs: tuple[Repair,
     taught = {name: torch.cat([one, branches.taught[name]]) for name, one in experience.taught.items()}
     frozen = experience.frozen.extended(branches.frozen)
     owned = torch.cat([experience.owned, branches.owned])
-    return Experience(trajectories, pack(trajectories), signals, taught, frozen, owned, repairs)
+    return Experience(
+        trajectories, pack(trajectories), signals, taught, frozen, owned, repairs, experience.feedback,
+        experience.proposed,
+    )  # fmt: skip
 
 
 def _followed(first: TeacherSignal, then: TeacherSignal) -> TeacherSignal:
@@ -156,7 +191,8 @@ def credit(session: Session, experience: Experience) -> Assigned:
     """Weights, advantages and credit at this step's coefficients."""
     components, at = session.config.loss.components, session.at
     packed, trajectories = experience.packed, experience.trajectories
-    shared = _weight_inputs(session, experience)
+    opinions = Opinions(experience.feedback)
+    shared = _weight_inputs(session, experience, opinions)
     chosen, weights, composed = {}, {}, dict[str, Composed]()
     for name, component in components.items():
         if isinstance(component, Preference):
@@ -171,9 +207,9 @@ def credit(session: Session, experience: Experience) -> Assigned:
                 for n, part in component.rewards.items()
                 if part.reward
             }
-            composed[name] = compose(component, packed, trajectories, inputs, at, own)
+            composed[name] = compose(component, packed, trajectories, inputs, at, own, opinions)
     verdicts = {(r.parent.uid, r.turn): "accepted" if r.accepted else "rejected" for r in experience.repairs}
-    credits = assign_credit(packed, trajectories, experience.frozen, composed, verdicts)
+    credits = assign_credit(packed, trajectories, experience.frozen, composed, verdicts, opinions)
     functions = {
         n: load_credit(c.credit, f"loss.components.{n}.credit") for n, c in components.items() if c.credit
     }
@@ -190,15 +226,20 @@ def _taught(component: Component, experience: Experience) -> Tensor:
     return torch.ones(len(experience.packed.target), dtype=torch.bool)
 
 
-def _weight_inputs(session: Session, experience: Experience) -> WeightInputs:
+def _weight_inputs(session: Session, experience: Experience, opinions: Opinions) -> WeightInputs:
     packed, trajectories, frozen = experience.packed, experience.trajectories, experience.frozen
     counted = [
         t.branch is None and not t.demonstration and not t.recorded and t.outcome is not Outcome.ERROR
         for t in trajectories
     ]
+    said = [opinions.of(trajectories[episode].uid, turn) for episode, turn in packed.turns]
+    scores = [math.nan if one is None or one.score is None else float(one.score) for one in said]
+    verdicts = [-1 if one is None or one.verdict is None else VERDICTS.index(one.verdict) for one in said]
     return WeightInputs(
         packed.target, packed.turn, packed.episode, torch.ones(len(packed.target), dtype=torch.bool),
         frozen.logprob, frozen.entropy, frozen.references,
         group_numbers(trajectories), torch.tensor([t.success for t in trajectories]), torch.tensor(counted),
         session.chat.end_ids, session.chat.token_id,
+        torch.tensor(scores, dtype=torch.float32)[packed.turn],
+        torch.tensor(verdicts, dtype=torch.int64)[packed.turn],
     )  # fmt: skip

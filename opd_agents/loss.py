@@ -7,7 +7,7 @@ the ratio of a whole turn or episode, and the slopes of a loss on pairs of episo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
@@ -39,6 +39,7 @@ from opd_agents.objectives import (
 )
 from opd_agents.policies.models import head, hidden_states
 from opd_agents.teachers import TeacherSignal
+from opd_agents.types import Trajectory
 from opd_agents.weighting import At
 
 TokenLoss: TypeAlias = Callable[[TokenTerms, Tensor], Tensor]
@@ -189,23 +190,20 @@ def _ratio(
 def _preference(
     component: Preference, experience: Experience, batch: Tensor, coef: float, current: Tensor
 ) -> Part:
-    """All pairs of a group whose episodes are in the batch; their tokens are those that are selected."""
+    """All pairs whose parts are in the batch; their tokens are those that are selected."""
     packed, trajectories = experience.packed, experience.trajectories
     chosen, rejected = (
         (selected(packed, trajectories, select) != 0) & batch
         for select in (component.chosen, component.rejected)
     )
-    sides = [
-        torch.zeros(len(trajectories)).index_add(0, packed.episode, m.float()) for m in (chosen, rejected)
-    ]
-    pairs = episode_pairs(group_numbers(trajectories), sides[0] > 0, sides[1] > 0)
+    units, pairs = _pairs(component, packed, trajectories, chosen, rejected)
     anchor = experience.frozen.references[component.reference].logprob if component.reference else None
     found = token_slopes(
-        component.form, current, chosen | rejected, packed.episode, pairs,
+        component.form, current, chosen | rejected, units, pairs,
         beta=component.beta, reference=anchor,
     )  # fmt: skip
-    in_pairs = torch.tensor([episode for pair in pairs for episode in pair], dtype=torch.int64)
-    active = (chosen | rejected) & torch.isin(packed.episode, in_pairs)
+    in_pairs = torch.tensor([unit for pair in pairs for unit in pair], dtype=torch.int64)
+    active = (chosen | rejected) & torch.isin(units, in_pairs)
     value = found.losses.mean() / active.sum() if pairs else torch.zeros(())
 
     def loss(terms: TokenTerms, tokens: Tensor) -> Tensor:
@@ -213,6 +211,28 @@ def _preference(
         return found.slopes[tokens] * (terms.logprob - terms.logprob.detach()) + value
 
     return Part(coef * active, loss)
+
+
+def _pairs(
+    component: Preference,
+    packed: Packed,
+    trajectories: Sequence[Trajectory],
+    chosen: Tensor,
+    rejected: Tensor,
+) -> tuple[Tensor, list[tuple[int, int]]]:
+    """The unit [N] of each token, its episode or its turn, and the pairs (chosen, rejected) of units."""
+    if component.pairs == "episodes":
+        size = len(trajectories)
+        sides = [torch.zeros(size).index_add(0, packed.episode, m.float()) > 0 for m in (chosen, rejected)]
+        return packed.episode, episode_pairs(group_numbers(trajectories), *sides)
+    numbers = {(trajectories[e].uid, turn): number for number, (e, turn) in enumerate(packed.turns)}
+    better, worse = (set(packed.turn[side].tolist()) for side in (chosen, rejected))
+    beside = [
+        (numbers[one.uid, one.branch.turn], numbers[one.branch.parent, one.branch.turn])
+        for one in trajectories
+        if one.branch is not None and not one.branch.tried
+    ]
+    return packed.turn, [pair for pair in beside if pair[0] in better and pair[1] in worse]
 
 
 def micro_losses(

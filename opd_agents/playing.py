@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, TypeAlias, TypeVar
 
-from opd_agents.config import Policy, RunConfig
+from opd_agents.config import Demonstrations, Policy, RunConfig
 from opd_agents.distributed import ALONE, World
 from opd_agents.episode import Episode
+from opd_agents.judging import NOT_ASKED, Judged, Opinions
 from opd_agents.plugins import Reward, load_reward
 from opd_agents.tasks import draw_demonstrations, draw_episodes, redraw_episodes
 from opd_agents.types import Outcome, Trajectory
@@ -16,6 +18,7 @@ from opd_agents.types import Outcome, Trajectory
 T = TypeVar("T")
 Play: TypeAlias = Callable[[Sequence[Episode]], Sequence[Trajectory]]
 """Episodes in, what became of each out, in their order."""
+Judging: TypeAlias = Callable[[Sequence[Trajectory]], Judged]
 
 
 class Played(NamedTuple):
@@ -25,6 +28,7 @@ class Played(NamedTuple):
     trajectories: list[Trajectory]
     redrawn: int = 0
     discarded_tokens: int = 0
+    judged: Judged = NOT_ASKED  # what was said of the student's episodes
 
     def metrics(self, config: RunConfig) -> dict[str, float | None]:
         """Of what the config asks for."""
@@ -35,6 +39,10 @@ class Played(NamedTuple):
             shown = [trajectory.success for trajectory in self.trajectories if trajectory.demonstration]
             row["demonstrations/episodes"] = len(shown)
             row["demonstrations/success"] = sum(shown) / len(shown) if shown else None
+            if config.rollout.demonstrations.when == "rejected":
+                row["demonstrations/rejected"] = sum(trajectory.replaced for trajectory in self.trajectories)
+        if config.judge:
+            row |= self.judged.metrics()
         return row
 
 
@@ -45,12 +53,14 @@ def play_step(
     play: Play,
     demonstrate: Play,
     world: World = ALONE,
+    judge: Judging = lambda trajectories: NOT_ASKED,
 ) -> Played:
     """The episodes that a step learns from; a resume draws the same. ``sizes``: tasks per environment.
 
     ``play`` rolls out for the source, ``demonstrate`` for ``rollout.demonstrations``. Groups of equal rewards
-    (:func:`equal_groups`) are replaced up to ``rollout.redraws`` times, then kept as they are. Demonstrations
-    come after, for the groups that are left. A group stays on one rank, and every rank gets all trajectories.
+    (:func:`equal_groups`) are replaced up to ``rollout.redraws`` times, then kept as they are. The ``judge``
+    is asked, by one rank, about the groups that are left, and demonstrations come after. A group stays on one
+    rank, and every rank gets all trajectories.
     """
     size, extra = config.rollout.group_size, config.rollout.demonstrations
     episodes = draw_episodes(config, step, sizes)
@@ -69,15 +79,36 @@ def play_step(
         for place, one, group in zip(places, fresh[::size], played, strict=True):
             first[place], groups[place] = one, group
     trajectories = [trajectory for group in groups for trajectory in group]
+    judged = world.from_main(partial(judge, trajectories))
     if extra is not None:
-        taught = [
-            one
-            for one, group in zip(first, groups, strict=True)
-            if extra.when == "always" or not any(trajectory.success for trajectory in group)
-        ]
-        demonstrations = draw_demonstrations(config, step, taught)
+        trajectories = _with_rejections(trajectories, extra, judged)
+        groups = [*_chunks(trajectories, size)]
+        wanted = [(one, _demonstrations(group, extra)) for one, group in zip(first, groups, strict=True)]
+        demonstrations = draw_demonstrations(config, step, wanted)
         trajectories += world.shared(demonstrations, demonstrate, extra.per_group)
-    return Played(trajectories, redrawn, discarded)
+    return Played(trajectories, redrawn, discarded, judged)
+
+
+def _with_rejections(
+    trajectories: Sequence[Trajectory], extra: Demonstrations, judged: Judged
+) -> list[Trajectory]:
+    """Those of too low a score marked as replaced; what was not judged stays."""
+    if extra.at_least is None:
+        return list(trajectories)
+    opinions = Opinions(judged.feedback)
+    scores = [opinions.episode_score(trajectory) for trajectory in trajectories]
+    rejected = [score is not None and score < extra.at_least for score in scores]
+    return [replace(t, replaced=out) for t, out in zip(trajectories, rejected, strict=True)]
+
+
+def _demonstrations(group: Sequence[Trajectory], extra: Demonstrations) -> int:
+    """How many a group gets."""
+    match extra.when:
+        case "rejected":
+            return sum(trajectory.replaced for trajectory in group)
+        case "group_failed" if any(trajectory.success for trajectory in group):
+            return 0
+    return extra.per_group
 
 
 def equal_groups(

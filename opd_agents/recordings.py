@@ -7,19 +7,21 @@ log-probs. Which recordings a step draws depends on (seed, step) alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from opd_agents import envs
 from opd_agents.chat import Chat
-from opd_agents.config import Recorded, RunConfig
+from opd_agents.config import Recorded, RunConfig, Trajectories
 from opd_agents.envs.actions import format_calls
 from opd_agents.errors import ConfigError, DataError
 from opd_agents.messages import Conversation, read_conversation
-from opd_agents.rows import Rows, read_rows
+from opd_agents.rows import Rows
 from opd_agents.schedules import dealt
 from opd_agents.types import (
     Actor,
@@ -30,9 +32,12 @@ from opd_agents.types import (
     ToolSpec,
     Trajectory,
     Turn,
+    from_dict,
     to_dict,
+    to_json,
 )
 
+T = TypeVar("T")
 RECORDED = "recorded"  # in place of an environment's id
 MANY = 2000  # rows that take long enough to show a bar
 MOST_ERRORS = 3  # shown at once
@@ -151,25 +156,59 @@ def encode_row(
         trajectory = to_trajectory(conversation, chat, uid=uid, task=task, temperature=temperature)
     except (ConfigError, DataError) as error:
         raise DataError(f"{where}: {error}") from error
+    check_length(trajectory, most_tokens, where)
+    return trajectory
+
+
+def check_length(trajectory: Trajectory, most_tokens: int | None, where: str) -> None:
+    """Raise DataError for a row of more than ``most_tokens`` tokens."""
     longest = max(
-        sum(len(turn.context_ids) + len(turn.action_ids) for turn in trajectory.turns[start:stop])
-        for start, stop in trajectory.segments()
+        (
+            sum(len(turn.context_ids) + len(turn.action_ids) for turn in trajectory.turns[start:stop])
+            for start, stop in trajectory.segments()
+        ),
+        default=0,
     )
     if most_tokens is not None and longest > most_tokens:
         raise DataError(
             f"{where}: {longest} tokens, more than rollout.max_context_tokens {most_tokens}; raise that, or"
             " shorten or leave out the row."
         )
-    return trajectory
+
+
+def tools_of(trajectory: Trajectory) -> tuple[ToolSpec, ...]:
+    """Those of its environment; a recorded conversation has its own. Raises UserError for an environment that
+    is not known."""
+    if trajectory.recorded:
+        return tuple(from_dict(ToolSpec, tool) for tool in trajectory.env_kwargs["tools"])
+    return _environments_tools(trajectory.env_id, to_json(trajectory.env_kwargs))
+
+
+@lru_cache(maxsize=64)
+def _environments_tools(env_id: str, env_kwargs: str) -> tuple[ToolSpec, ...]:
+    env = envs.make(env_id, **json.loads(env_kwargs))
+    try:
+        return env.tools
+    finally:
+        env.close()
 
 
 def encode_rows(rows: Rows, chat: Chat, most_tokens: int | None) -> Iterator[Trajectory | DataError]:
     """Every row as a trajectory, or what is wrong with it."""
+    return read_all(rows, lambda rows, index, uid: encode_row(rows, index, chat, most_tokens, uid=uid))
+
+
+def read_all(rows: Rows, read: Callable[[Rows, int, str], T]) -> Iterator[T | DataError]:
+    """What ``read`` makes of every row, its number and a uid, or what is wrong with it."""
     for index in _told(rows):
         try:
-            yield encode_row(rows, index, chat, most_tokens, uid=f"{RECORDED}-{index:06d}")
+            yield read(rows, index, _uid(index))
         except DataError as error:
             yield error
+
+
+def _uid(index: int) -> str:
+    return f"{RECORDED}-{index:06d}"
 
 
 def read_conversations(rows: Rows) -> Iterator[Conversation | DataError]:
@@ -209,9 +248,11 @@ def texts(rows: Rows) -> Iterator[str]:
 
 
 def student_groups(config: RunConfig, step: int) -> np.ndarray:
-    """Which groups of a step the student rolls out (bool [groups]); the others are recorded."""
+    """Which groups of a step are rolled out (bool [groups]); the others are recorded."""
     rollout = config.rollout
     groups = rollout.episodes_per_step // rollout.group_size
+    if isinstance(rollout.source, Trajectories):
+        return np.zeros(groups, dtype=bool)
     if not isinstance(rollout.source, Recorded):
         return np.ones(groups, dtype=bool)
     random = np.random.Generator(np.random.Philox(key=[config.seed, step], counter=[0, 0, 3, 2**63]))
@@ -220,22 +261,27 @@ def student_groups(config: RunConfig, step: int) -> np.ndarray:
 
 
 def student_groups_before(config: RunConfig, step: int) -> int:
-    """How many groups the student rolls out in the steps before ``step``."""
+    """How many groups are rolled out in the steps before ``step``."""
     rollout = config.rollout
     groups = step * (rollout.episodes_per_step // rollout.group_size)
+    if isinstance(rollout.source, Trajectories):
+        return 0
     if not isinstance(rollout.source, Recorded):
         return groups
     return dealt(groups, [rollout.source.student, 1 - rollout.source.student])[0]
 
 
 class Recordings:
-    """The recorded part of a run's experience, all rows checked. Raises DataError."""
+    """The recorded part of a run's experience, all ``rows`` checked: ``read`` makes an episode of row, number
+    and uid. Raises DataError."""
 
-    def __init__(self, config: RunConfig, source: Recorded, chat: Chat) -> None:
-        self.config, self.chat = config, chat
-        self.rows = read_rows(source.dataset, source.split)
-        most = config.rollout.max_context_tokens
-        refuse_bad(encode_rows(self.rows, chat, most), len(self.rows))
+    def __init__(self, config: RunConfig, rows: Rows, read: Callable[[Rows, int, str], Trajectory]) -> None:
+        self.config, self.rows, self._read = config, rows, read
+        refuse_bad(read_all(rows, read), len(rows))
+
+    def __iter__(self) -> Iterator[Trajectory]:
+        """Each once, in the order of the rows."""
+        return (self._read(self.rows, index, _uid(index)) for index in range(len(self.rows)))
 
     def drawn(self, step: int) -> int:
         """How many conversations the steps before ``step`` take."""
@@ -255,15 +301,9 @@ class Recordings:
             for number in range(group * size, (group + 1) * size):
                 epoch, place = divmod(next_, len(self.rows))
                 index = int(_order(self.config.seed, len(self.rows), epoch)[place])
-                trajectories.append(self._trajectory(index, f"{step:06d}-{number:04d}"))
+                trajectories.append(self._read(self.rows, index, f"{step:06d}-{number:04d}"))
                 next_ += 1
         return trajectories
-
-    def _trajectory(self, index: int, uid: str) -> Trajectory:
-        rollout = self.config.rollout
-        return encode_row(
-            self.rows, index, self.chat, rollout.max_context_tokens, uid=uid, temperature=rollout.temperature
-        )
 
 
 @lru_cache(maxsize=4)

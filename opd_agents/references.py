@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import cast
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opd_agents import envs
+from opd_agents.api.client import COUNTS, ApiClient
 from opd_agents.batch import Packed
 from opd_agents.chat import Chat
-from opd_agents.config import EnvironmentSource, Local, PlugIn, RunConfig, Self, conditioning_of
-from opd_agents.config import Teacher as TeacherSettings
-from opd_agents.config.needs import Need, reference_needs
+from opd_agents.config import (
+    Ensemble,
+    RunConfig,
+    conditioning_of,
+)
+from opd_agents.config.needs import Need
+from opd_agents.distributed import World
 from opd_agents.episode import Episode, Limits
 from opd_agents.errors import ConfigError
-from opd_agents.policies.adapters import adapter_base
-from opd_agents.policies.models import load_tokenizer
-from opd_agents.runs import newest_checkpoint
+from opd_agents.judging.judge import Asks, Judging
+from opd_agents.recordings import Recordings
 from opd_agents.teachers import Teacher, TeacherSignal
+from opd_agents.teachers.api import ApiTeacher
 from opd_agents.teachers.base import check_aligned
+from opd_agents.teachers.cached import CachedTeacher
 from opd_agents.teachers.conditioning import Conditioner
-from opd_agents.teachers.local import LocalTeacher
-from opd_agents.teachers.plug_in import make_teacher, teacher_class
-from opd_agents.teachers.self_teacher import CopyTeacher, SameModelTeacher, self_teacher
+from opd_agents.teachers.ensemble import EnsembleTeacher
+from opd_agents.teachers.self_teacher import CopyTeacher, SameModelTeacher
+from opd_agents.teaching import make_single, needs_of, parts_of, place, settings_of
 from opd_agents.types import Trajectory
 
 # Of self teachers, in a checkpoint. Not beside the model's: some programs load all that they find there.
@@ -33,7 +41,8 @@ FILE = Path("teachers") / "weights.safetensors"
 
 
 class References:
-    """``teachers`` by name, `teacher` first among them; ``needs``: what the loss needs of which.
+    """``teachers`` by name, `teacher` first among them; ``needs``: what the loss needs of which. ``singles``
+    are the same with the members of ensembles in their place, as `teacher.NAME`.
 
     Self teachers follow the student: see :meth:`after_update` and :meth:`after_step`. Raises UserError for a
     model that cannot be loaded or does not fit the ``student`` and its ``chat``.
@@ -42,6 +51,7 @@ class References:
     def __init__(self, config: RunConfig, student: PreTrainedModel, chat: Chat) -> None:
         self.needs = needs_of(config)
         self.teachers: dict[str, Teacher] = {}
+        self.singles: dict[str, Teacher] = {}
         self.conditioners: dict[str, Conditioner] = {}
         rollout = config.rollout
         limits = Limits(
@@ -49,48 +59,71 @@ class References:
             episode_timeout=rollout.episode_timeout, max_live=rollout.max_live,
         )  # fmt: skip
         for name, settings in settings_of(config).items():
-            if (conditioning := conditioning_of(settings)) is not None:
-                self.conditioners[name] = Conditioner(conditioning, chat, limits)
-            self.teachers[name] = self._made(name, settings, config, student, chat)
-
-    def _made(
-        self, name: str, settings: TeacherSettings, config: RunConfig, student: PreTrainedModel, chat: Chat
-    ) -> Teacher:
-        temperature, conditioner = config.rollout.temperature, self.conditioners.get(name)
-        match settings:
-            case Self():
-                fresh = config.student.lora is not None and (
-                    adapter_base(newest_checkpoint(str(config.student.model))) is None
+            for part, section in parts_of(name, settings).items():
+                if (conditioning := conditioning_of(section)) is not None:
+                    self.conditioners[part] = Conditioner(conditioning, chat, limits)
+                self.singles[part] = make_single(
+                    part, section, config, student, chat, self.conditioners.get(part)
                 )
-                return self_teacher(
-                    settings, student, chat, temperature, fresh_adapter=fresh, conditioner=conditioner
-                )
-            case Local():
-                path = newest_checkpoint(str(settings.model))
-                dtype = settings.dtype or config.student.dtype
-                return LocalTeacher(path, chat, dtype=dtype, temperature=temperature, conditioner=conditioner)
-        own = settings.model  # not always a checkpoint: what it is, its class knows
-        own = newest_checkpoint(own) if own and Path(own).exists() else own
-        needs = self.needs.get(name, frozenset())
-        return make_teacher(place(name), settings, own, chat, temperature=temperature, needs=needs)
+            if isinstance(settings, Ensemble):
+                members = {n: self.singles[f"{name}.{n}"] for n in settings.members}
+                self.teachers[name] = EnsembleTeacher(settings, members, rollout.temperature)
+            else:
+                self.teachers[name] = self.singles[name]
 
     def score(
         self, packed: Packed, trajectories: Sequence[Trajectory], owned: Tensor, max_tokens: int
     ) -> tuple[dict[str, TeacherSignal], dict[str, Tensor]]:
-        """The signal of every reference that the loss needs, filled where ``owned`` (bool [N]); and of those
-        with conditioning the tokens (bool [N], the same on every rank) that they had something to say about:
-        on others there is no signal. Raises AlignmentError for a signal of other tokens or another type."""
+        """The signal of every reference that the loss needs, and of each member of an ensemble, filled where
+        ``owned`` (bool [N]); and of those with conditioning or weights the tokens (bool [N], the same on
+        every rank) that they had something to say about: on others there is no signal. Raises AlignmentError
+        for a signal of other tokens or another type."""
         signals: dict[str, TeacherSignal] = {}
         taught: dict[str, Tensor] = {}
-        for name in self.needs:
-            asked, keep = packed, owned
+
+        def ask(name: str, needs: frozenset[Need], where: Tensor | None = None) -> None:
+            asked, keep, teacher = packed, owned, self.singles[name]
+            if where is not None:
+                taught[name] = where
             if name in self.conditioners:
-                asked, taught[name] = self.conditioners[name].condition(packed, trajectories)
+                asked, heard = self.conditioners[name].condition(packed, trajectories)
+                taught[name] = heard & taught.get(name, heard)
+            if name in taught:
                 keep = owned & taught[name]
-            teacher = self.teachers[name]
             signals[name] = teacher.score(asked, max_tokens, keep)
-            check_aligned(place(name), signals[name], teacher.gives, len(packed.target))
+            check_aligned(place(name), signals[name], teacher.can, needs, len(packed.target))
+
+        for name, needs in self.needs.items():
+            if not isinstance(ensemble := self.teachers[name], EnsembleTeacher):
+                ask(name, needs)
+                continue
+            members = {member: f"{name}.{member}" for member in ensemble.members}
+            weights = ensemble.weights(trajectories)[packed.episode]
+            for index, member in enumerate(members.values()):
+                ask(member, frozenset({"sampled"}), weights[:, index] > 0)
+            weights = weights * torch.stack([taught[member] for member in members.values()], -1)
+            told = {member: signals[part] for member, part in members.items()}
+            signals[name], taught[name] = ensemble.mixed(told, weights, packed.target), weights.sum(-1) > 0
+            check_aligned(place(name), signals[name], ensemble.can, needs, len(packed.target))
         return signals, taught
+
+    def fill_caches(self, recordings: Recordings, max_tokens: int, world: World) -> None:
+        """Ask once for what caches do not know of the experience of all the run, on the main rank. Raises
+        ConfigError where there is nobody to ask."""
+        for name, teacher in self.singles.items():
+            if isinstance(teacher, CachedTeacher):
+                world.from_main(partial(self._fill, name, teacher, recordings, max_tokens))
+                teacher.reopen()
+
+    def _fill(self, name: str, teacher: CachedTeacher, recordings: Recordings, max_tokens: int) -> None:
+        lacking = sum(map(teacher.lacks, recordings))
+        if lacking and teacher.behind is None:
+            raise ConfigError(
+                f"{place(name)}: the cache {teacher.cache.folder} is incomplete: it lacks {lacking} of"
+                f" {len(recordings.rows)} episodes. Name with `of` the teacher to be asked for them."
+            )
+        if lacking and teacher.behind is not None:
+            teacher.fill(teacher.behind(), recordings, len(recordings.rows), max_tokens)
 
     def after_update(self, student: Callable[[], Iterable[tuple[str, Tensor]]]) -> None:
         """Follow an optimizer step; ``student`` gives the trained weights by name (and is asked by every rank
@@ -101,7 +134,7 @@ class References:
 
     def after_step(self, student: PreTrainedModel, step: int) -> None:
         """Follow a training step, the ``step``-th (from 1)."""
-        for teacher in self.teachers.values():
+        for teacher in self.singles.values():
             if isinstance(teacher, SameModelTeacher):
                 teacher.after_step()
             elif isinstance(teacher, CopyTeacher):
@@ -115,6 +148,26 @@ class References:
     @property
     def flops(self) -> int:
         return sum(teacher.flops for teacher in self.teachers.values())
+
+    def asks(self, name: str) -> Asks:
+        """Who answers what is asked of one that can judge."""
+        return cast(Judging, self.teachers[name]).client
+
+    @property
+    def clients(self) -> list[ApiClient]:
+        """Of the teachers behind an API."""
+        return [one.client for one in self.teachers.values() if isinstance(one, ApiTeacher)]
+
+    @property
+    def api_counts(self) -> dict[str, float]:
+        """What their clients count, together, as `api/requests` and so on; nothing where there are none."""
+        counts = [client.counts for client in self.clients]
+        return {f"api/{key}": sum(one[key] for one in counts) for key in COUNTS} if counts else {}
+
+    def close(self) -> None:
+        """The connections of those that have any."""
+        for client in self.clients:
+            client.close()
 
     def check(self, episodes: Iterable[Episode]) -> None:
         """Raise ConfigError where the template cannot carry a teacher's context into these episodes."""
@@ -140,46 +193,4 @@ class References:
             copy.load({k.removeprefix(prefix): w for k, w in saved.items() if k.startswith(prefix)})
 
     def _copies(self) -> dict[str, CopyTeacher]:
-        return {name: one for name, one in self.teachers.items() if isinstance(one, CopyTeacher)}
-
-
-def settings_of(config: RunConfig) -> dict[str, TeacherSettings]:
-    """The sections of the teacher and of the references, by name."""
-    return ({"teacher": config.teacher} if config.teacher else {}) | config.references
-
-
-def needs_of(config: RunConfig) -> Mapping[str, frozenset[Need]]:
-    """Which references score the trajectories, and what of them is needed; others at most act."""
-    needs = dict(reference_needs(config.loss.components))
-    if config.correction is not None or config.rollout.teacher_share:
-        needs["teacher"] = needs.get("teacher", frozenset[Need]()) | {"sampled"}
-    return needs
-
-
-def place(name: str) -> str:
-    """Where in a config a reference stands."""
-    return name if name == "teacher" else f"references.{name}"
-
-
-def check_references(config: RunConfig) -> None:
-    """Raise UserError for what the sections name and does not exist or cannot serve the loss."""
-    needs = needs_of(config)
-    for name, settings in settings_of(config).items():
-        match settings:
-            case Local():
-                load_tokenizer(newest_checkpoint(str(settings.model)))
-            case PlugIn():
-                teacher_class(place(name), settings, needs.get(name, frozenset()))
-        conditioning = conditioning_of(settings)
-        sources = conditioning.sources if conditioning else []
-        if "expert" in sources and not any(_has_expert(source) for source in config.environments):
-            raise ConfigError(
-                f"{place(name)}.conditioning.sources: expert, but none of the environments has a scripted"
-                " expert; take another source."
-            )
-
-
-def _has_expert(source: EnvironmentSource) -> bool:
-    env = envs.make(source.id, **source.options)
-    env.close()
-    return env.has_expert
+        return {name: one for name, one in self.singles.items() if isinstance(one, CopyTeacher)}

@@ -14,10 +14,14 @@ from typing import Any
 import yaml
 
 from opd_agents.errors import CheckpointError, RunFolderError
-from opd_agents.types import Credit, Trajectory, to_json
+from opd_agents.types import ActionFeedback, Credit, Trajectory, to_json
 
 PARTIAL = ".partial-"  # names of what is being written or removed; a kill may leave them behind
 BEST, FORMER_BEST = "best", ".former-best"
+TRANSCRIPTS = "transcripts"
+ASKING = {"key", "concurrency", "requests_per_minute", "tokens_per_minute", "timeout", "retries"} | {
+    *("prices", "max_tokens", "max_cost", "cache")
+}  # of an endpoint: none of its answers is another by them
 
 
 class RunFolder:
@@ -117,7 +121,7 @@ class RunFolder:
         if metrics.is_file():
             kept = [line for line in metrics.read_text().splitlines() if _step_of(line) <= step]
             write_whole(metrics, "".join(line + "\n" for line in kept))
-        for file in (self.path / "trajectories").glob("step-*.jsonl"):
+        for file in self.path.glob("*/step-*.jsonl"):  # of trajectories and transcripts
             if int(file.stem.removeprefix("step-")) > step:
                 file.unlink()
 
@@ -133,6 +137,13 @@ class RunFolder:
         if self.writes:
             save_trajectories(self.path, f"step-{step:06d}", rows)
 
+    def save_transcript(self, step: int, exchanges: Iterable[Mapping[str, Any]]) -> None:
+        """``transcripts/step-N.jsonl``: what was asked of APIs and what they answered, a line each."""
+        if self.writes:
+            (self.path / TRANSCRIPTS).mkdir(exist_ok=True)
+            lines = "".join(to_json(one) + "\n" for one in exchanges)
+            write_whole(self.path / TRANSCRIPTS / f"step-{step:06d}.jsonl", lines)
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """The last that a run writes."""
         if self.writes:
@@ -140,10 +151,14 @@ class RunFolder:
 
 
 def trajectory_row(
-    trajectory: Trajectory, credit: Sequence[Credit] = (), repair: Mapping[str, Any] | None = None
+    trajectory: Trajectory,
+    credit: Sequence[Credit] = (),
+    repair: Mapping[str, Any] | None = None,
+    feedback: Sequence[ActionFeedback] = (),
 ) -> dict[str, Any]:
-    """A line of a trajectory file: an episode, the credit of its actions, and what was tried to repair it."""
-    return {"trajectory": trajectory, "credit": credit, "repair": repair}
+    """A line of a trajectory file: an episode, the credit of its actions, what a judge said of them, and what
+    was tried to repair it (last: a reader looks there first)."""
+    return {"trajectory": trajectory, "credit": credit, "feedback": feedback, "repair": repair}
 
 
 def save_trajectories(folder: Path, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -274,12 +289,14 @@ def _step_of(line: str) -> float:
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ; where the run is written to does not matter."""
+    """Dotted keys whose values differ; where the run is written to does not matter, nor what an endpoint may
+    cost and how fast it is asked."""
     result = []
-    for key in sorted({*old, *new}):
+    free = ASKING if prefix.endswith("endpoint.") else {"output"}
+    for key in sorted({*old, *new} - free):
         a, b = old.get(key), new.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             result += _differences(a, b, f"{prefix}{key}.")
-        elif a != b and key != "output":
+        elif a != b:
             result.append(f"{prefix}{key}: {a!r} -> {b!r}")
     return result

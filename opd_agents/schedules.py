@@ -29,6 +29,7 @@ def value_at(schedule: float | Schedule, clock: Clock) -> float:
         case Switch():
             return schedule.start if share < schedule.at else schedule.end
         case Ramp():
+            share = min(share / schedule.until, 1.0)
             if schedule.kind == "cosine":
                 share = (1 - math.cos(math.pi * share)) / 2
             return schedule.start + (schedule.end - schedule.start) * share

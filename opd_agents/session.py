@@ -17,32 +17,37 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from opd_agents import envs
 from opd_agents.batch import Packed
 from opd_agents.chat import Chat
-from opd_agents.config import EnvironmentSource, Recorded, RunConfig, SignedScheduled
+from opd_agents.config import EnvironmentSource, Recorded, RunConfig, SignedScheduled, Trajectories
 from opd_agents.config.needs import weights_of
 from opd_agents.config.weights import WithoutTokens
+from opd_agents.correction import Alternatives, act_otherwise
 from opd_agents.distributed import ALONE, World
 from opd_agents.episode import Episode, Limits
 from opd_agents.errors import CheckpointError, ConfigError, RunFolderError
 from opd_agents.evaluation import load_suite
+from opd_agents.judging import NOT_ASKED, Judged, judge_corrections, judge_episodes
 from opd_agents.optimizers import ModelOptimizer
 from opd_agents.plugins import load_object
 from opd_agents.policies import ExpertPolicy, MixturePolicy, Policy
+from opd_agents.policies.base import Sampler
 from opd_agents.policies.mixture import TokenMixture
 from opd_agents.policies.models import check_projection, load_tokenizer, save_checkpoint
 from opd_agents.policies.recomputation import prepare_recomputation
 from opd_agents.policies.sampler import TransformersSampler
-from opd_agents.recordings import Recordings, read_conversations, refuse_bad
-from opd_agents.references import References, check_references
+from opd_agents.recordings import Recordings, read_conversations, refuse_bad, tools_of
+from opd_agents.references import References
 from opd_agents.rollout import check_conversation
 from opd_agents.rows import read_rows
 from opd_agents.runs import RunFolder, checkpoints_in, newest_checkpoint
 from opd_agents.schedules import Clock, adapt, adaptive_schedules, schedules_in, value_at
 from opd_agents.sharding import Trained, shard, trained_weights, whole_state
-from opd_agents.student import load_student
+from opd_agents.stored import recordings_of
+from opd_agents.student import load_student, make_sampler
 from opd_agents.tasks import check_experts, draw_episodes, split_sizes
 from opd_agents.teachers import Teacher, TeacherSignal
 from opd_agents.teachers.local import ModelTeacher
-from opd_agents.types import Actor, SpanKind, Trajectory, to_json
+from opd_agents.teaching import check_references
+from opd_agents.types import SpanKind, Trajectory, to_json
 
 TOTALS = ("generated_tokens", "correction_tokens", "teacher_tokens", "flops", "seconds")
 EVALUATION_METRICS = ("eval/success", "eval/success_low", "eval/success_high", "eval/success_greedy")
@@ -58,7 +63,7 @@ class Session:
     references: References
     task_counts: list[int]
     optimizer: ModelOptimizer
-    student_sampler: TransformersSampler
+    student_sampler: Sampler
     recordings: Recordings | None
     trained: Trained  # what the updates change: ``model`` itself, or its copy divided among the ranks
     world: World
@@ -70,34 +75,68 @@ class Session:
     adapted: dict[str, float] = field(default_factory=dict)  # see Clock
 
     def __post_init__(self) -> None:
-        self.behaviour, self.demonstrator = self._policies()
+        self.policies = self._policies()
         self._schedules, self._adaptive = schedules_in(self.config), adaptive_schedules(self.config)
-        self._counted = {"teacher_tokens": 0, "flops": 0}  # of the counters below, in the totals already
+        # of the counters below, in the totals already
+        nothing: dict[str, float] = {"teacher_tokens": 0, "flops": 0}
+        self._counted = nothing | dict.fromkeys(self.references.api_counts, 0)
+        self.totals |= dict.fromkeys(self.references.api_counts, 0)
 
-    def _policies(self) -> tuple[Policy, Policy]:
-        """Who acts for ``rollout.source``, and who for ``rollout.demonstrations``."""
-        rollout, student = self.config.rollout, self.student_sampler
-        policies: dict[str, Policy] = {"student": student, "expert": ExpertPolicy()}
+    def _policies(self) -> dict[str, Policy]:
+        """Who acts, by the names of `rollout.source`."""
+        policies: dict[str, Policy] = {"student": self.student_sampler, "expert": ExpertPolicy()}
         if self.teacher is not None:
             policies["teacher"] = self.teacher
-        if rollout.teacher_share:
-            policies["student"] = self._helped(rollout.teacher_share)
-        demonstrator = policies[rollout.demonstrations.actor if rollout.demonstrations else "expert"]
-        source = rollout.source
-        if isinstance(source, Recorded):
-            return student, demonstrator
-        if isinstance(source, str):
-            return policies[source], demonstrator
-        mixture = MixturePolicy({name: (policies[name], share) for name, share in source.items()})
-        return mixture, demonstrator
+        if share := self.config.rollout.teacher_share:
+            policies["student"] = self._helped(share)
+        return policies
+
+    @property
+    def behaviour(self) -> Policy:
+        """Who acts for ``rollout.source``, at this step's shares."""
+        source = self.config.rollout.source
+        if isinstance(source, dict):
+            return MixturePolicy({str(n): (self.policies[n], self.at(share)) for n, share in source.items()})
+        return self.policies[source] if isinstance(source, str) else self.student_sampler
+
+    @property
+    def demonstrator(self) -> Policy:
+        """Who acts for ``rollout.demonstrations``."""
+        extra = self.config.rollout.demonstrations
+        return self.policies[extra.actor if extra else "expert"]
+
+    def alternatives(self, trajectories: Sequence[Trajectory]) -> Alternatives:
+        """What another would do at some of the states that the student came to in this step."""
+        extra, stream = self.config.rollout.alternatives, (self.config.seed, self.step)
+        if extra is None:
+            return Alternatives()
+        return act_otherwise(
+            trajectories, extra.states, self.policies[extra.actor], stream=stream, make=envs.launch,
+            chat=self.chat, limits=self.limits, world=self.world,
+        )  # fmt: skip
+
+    def judge(self, trajectories: Sequence[Trajectory]) -> Judged:
+        """What the judge says of the student's episodes in this step, if there is one."""
+        settings, stream = self.config.judge, (self.config.seed, self.step)
+        if settings is None:
+            return NOT_ASKED
+        return judge_episodes(self.references.asks(settings.by), settings, trajectories, tools_of, stream)
+
+    def judge_errors(self, trajectories: Sequence[Trajectory]) -> Judged:
+        """What the judge would have done instead, once in each of these episodes."""
+        settings = self.config.judge
+        if settings is None:
+            return NOT_ASKED
+        return judge_corrections(self.references.asks(settings.by), settings, trajectories, tools_of)
 
     def _helped(self, share: float) -> Policy:
-        if not isinstance(self.teacher, ModelTeacher):
+        student = self.student_sampler
+        if not (isinstance(self.teacher, ModelTeacher) and isinstance(student, TransformersSampler)):
             raise ConfigError(
                 "rollout.teacher_share reads the teacher's distribution of every token as it is written: it"
                 " needs a teacher of kind local or self, or one derived from ModelTeacher."
             )
-        return TokenMixture(self.student_sampler, self.teacher.sampler, share)
+        return TokenMixture(student, self.teacher.sampler, share)
 
     @property
     def limits(self) -> Limits:
@@ -159,11 +198,21 @@ class Session:
         self.references.after_step(self.model, self.step)
         self.totals["generated_tokens"] += generated_tokens + correction_tokens
         self.totals["correction_tokens"] += correction_tokens
-        flops = self.student_sampler.flops + self.references.flops
-        counted = {"teacher_tokens": self.references.tokens, "flops": flops}
-        for key, value in counted.items():
+        self.count()
+
+    def count(self) -> None:
+        """Add to the totals what the models were used for since the last time."""
+        for key, value in (spent := self._spent()).items():
             self.totals[key] += self.world.total(value - self._counted[key])
-        self._counted = counted
+        self._counted = spent
+
+    def _spent(self) -> dict[str, float]:
+        flops = self.student_sampler.flops + self.references.flops
+        return {"teacher_tokens": self.references.tokens, "flops": flops} | self.references.api_counts
+
+    def leave_out(self) -> None:
+        """What the models were used for since the last step was no training, and counts nowhere."""
+        self._counted = self._spent()
 
     def adapt(self, row: Mapping[str, Any]) -> None:
         """Let the adaptive schedules follow the metrics of the step that was made; the same on every rank,
@@ -223,7 +272,6 @@ class Session:
         self.step, self.updates, self.totals = state["step"], state["updates"], state["totals"]
         self.evaluation_at_start, self.evaluation = state["evaluation_at_start"], state["evaluation"]
         self.adapted = state["adapted"]
-        self.student_sampler.policy_version = self.step
         self.optimizer.load_state_dict(optimizer_state)
 
 
@@ -231,9 +279,12 @@ def check_inputs(config: RunConfig) -> None:
     """Raise UserError for what a stage names and does not exist, before a folder is made or a step taken."""
     _check_plugins(config)
     split_sizes(config.environments)
-    if isinstance(source := config.rollout.source, Recorded):
-        rows = read_rows(source.dataset, source.split)
-        refuse_bad(read_conversations(rows), len(rows))
+    match config.rollout.source:
+        case Recorded() as recorded:
+            rows = read_rows(recorded.dataset, recorded.split)
+            refuse_bad(read_conversations(rows), len(rows))
+        case Trajectories() as stored:
+            read_rows(stored.trajectories)
     if config.evaluation:
         split, suite = config.evaluation.split, load_suite(config.evaluation.suite)
         split_sizes([EnvironmentSource(id=e.id, options=e.options, split=split) for e in suite.environments])
@@ -272,21 +323,21 @@ def load_session(config: RunConfig, folder: RunFolder, world: World = ALONE) -> 
     if config.trainer.gradient_checkpointing:
         prepare_recomputation(model)
     references = References(config, model, chat)
-    source = config.rollout.source
-    recordings = Recordings(config, source, chat) if isinstance(source, Recorded) else None
+    recordings = recordings_of(config, chat)
     trained = shard(model, world)
     session = Session(
         config, folder, model, tokenizer, chat, references, split_sizes(config.environments),
         ModelOptimizer(trained.model, config.trainer.optimizer, config.trainer.weight_decay),
-        TransformersSampler(
-            model, chat.end_ids, actor=Actor.STUDENT, temperature=config.rollout.temperature,
-            thinking=chat.thinking,
-        ),
-        recordings, trained, world,
+        make_sampler(config, model, chat, sends=world.is_main), recordings, trained, world,
     )  # fmt: skip
     _check_conversations(session)
     if checkpoints:
         session.load(checkpoints[-1])
+    if recordings is not None:
+        references.fill_caches(recordings, config.trainer.micro_batch_tokens, world)
+        session.count()
+    session.student_sampler.reset(session.step)
+    world.wait()  # nobody acts before the weights are where they act
     return session
 
 

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd_agents.config import Recorded
 from opd_agents.correction import Repair
 from opd_agents.evaluation.metrics import invalid_calls
 from opd_agents.experience import Assigned, Experience
 from opd_agents.runs import trajectory_row
 from opd_agents.session import Session
-from opd_agents.types import Actor, Credit, Outcome, SpanKind, StopReason, Trajectory
+from opd_agents.types import ActionFeedback, Actor, Credit, Outcome, SpanKind, StopReason, Trajectory
 
 
 def step_metrics(
@@ -30,7 +31,8 @@ def step_metrics(
     recorded token; of a teacher that tells log-probs only, ``distill/log_ratio`` is the mean log q - log p of
     the student's tokens, which estimates it. Of another reference it is ``kl/NAME`` or ``log_ratio/NAME``.
     ``rollout/think_tokens`` and the like count what models wrote in
-    this step's episodes, ``rollout/forced_tokens`` what a thinking budget put there beside it."""
+    this step's episodes, ``rollout/forced_tokens`` what a thinking budget put there beside it; ``api/...`` is
+    what this step asked of API teachers, see :class:`opd_agents.api.ApiClient`."""
     rolled, repairs = experience.rollouts, experience.repairs
     generated = session.totals["generated_tokens"] - before["generated_tokens"]
     row: dict[str, Any] = {
@@ -43,7 +45,7 @@ def step_metrics(
         **_recorded(session, experience),
         **losses,
     }
-    row |= _distances(experience, recorded=session.recordings is not None)
+    row |= _distances(experience, recorded=isinstance(session.config.rollout.source, Recorded))
     row |= _advantages(experience, assigned)
     if session.config.correction is not None:
         row |= {
@@ -52,9 +54,16 @@ def step_metrics(
             "correction/token_share": session.totals["correction_tokens"]
             / max(1.0, session.totals["generated_tokens"]),
         }
+        if session.config.correction.propose.by == "judge":
+            judged = experience.proposed
+            row |= {"correction/asked": judged.asked, "correction/failed": judged.failed}
+            row |= {"correction/leaked": judged.leaked}
         gains = [repair.success_repair - repair.success_student for repair in repairs]
         row["correction/gain"] = sum(gains) / len(gains) if gains else None
-    row |= {f"total/{key}": value for key, value in session.totals.items() if key != "seconds"}
+    totals = {key: value for key, value in session.totals.items() if key != "seconds"}
+    for key, value in totals.items():
+        if value or not key.startswith(("api/retries/", "api/failures/")):  # only what did go wrong
+            row |= {f"total/{key}": value} | ({key: value - before[key]} if key.startswith("api/") else {})
     return row | {
         "seconds": seconds,
         "total/seconds": session.totals["seconds"] + seconds,
@@ -163,8 +172,11 @@ def _recorded(session: Session, experience: Experience) -> dict[str, float]:
 
 def trajectory_rows(experience: Experience, credits: Sequence[Sequence[Credit]]) -> list[dict[str, Any]]:
     """The lines of a step's trajectory file."""
+    said: dict[str, list[ActionFeedback]] = {trajectory.uid: [] for trajectory in experience.trajectories}
+    for one in (*experience.feedback, *experience.proposed.feedback):
+        said[one.trajectory].append(one)
     return [
-        trajectory_row(trajectory, credit, _repair_row(trajectory, experience.repairs))
+        trajectory_row(trajectory, credit, _repair_row(trajectory, experience.repairs), said[trajectory.uid])
         for trajectory, credit in zip(experience.trajectories, credits, strict=True)
     ]
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from opd_agents import envs
 from opd_agents.chat import Chat, build_word_tokenizer
-from opd_agents.config import ChatSettings, Recorded, RunConfig, Student
+from opd_agents.config import ChatSettings, Recorded, RunConfig, Student, VllmSampling
 from opd_agents.episode import Limits
 from opd_agents.errors import ConfigError
 from opd_agents.policies import ExpertPolicy
 from opd_agents.policies.adapters import adapter_base, add_adapter, train_adapter
+from opd_agents.policies.base import Sampler
 from opd_agents.policies.models import (
     build_model,
     fit_vocabulary,
@@ -20,11 +23,16 @@ from opd_agents.policies.models import (
     load_model,
     load_tokenizer,
 )
+from opd_agents.policies.sampler import TransformersSampler
+from opd_agents.policies.transfer import Nccl, Reload
+from opd_agents.policies.vllm import Transfer, VllmSampler
+from opd_agents.policies.vllm_client import VllmClient
 from opd_agents.recordings import texts
 from opd_agents.rollout import rollout
 from opd_agents.rows import read_rows
 from opd_agents.runs import newest_checkpoint
 from opd_agents.tasks import draw_episodes, split_sizes
+from opd_agents.types import Actor
 
 
 def load_student(
@@ -55,6 +63,26 @@ def load_student(
     tokenizer, model = load_tokenizer(path), _weights(path, config.student, config.seed)
     fit_vocabulary(model, tokenizer, path)
     return model, tokenizer, load_chat(path, tokenizer, settings if chat != ChatSettings() else None)
+
+
+def make_sampler(config: RunConfig, model: PreTrainedModel, chat: Chat, *, sends: bool) -> Sampler:
+    """Who acts as the student. ``sends``: this process brings its weights to the servers where there are any.
+    Raises ConfigError for servers that cannot be used."""
+    rollout, settings = config.rollout, config.sampler
+    if not isinstance(settings, VllmSampling):
+        return TransformersSampler(
+            model, chat.end_ids, actor=Actor.STUDENT, temperature=rollout.temperature, thinking=chat.thinking
+        )
+    client = VllmClient(settings, "sampler")
+    folder = Path(settings.folder) if settings.folder else config.folder / "sampler"
+    transfer: Transfer | None = None
+    if sends:
+        reload = settings.weights == "reload"
+        transfer = Reload(client, model, folder) if reload else Nccl(client, model)
+    return VllmSampler(
+        client, chat, model, temperature=rollout.temperature, dtype=config.student.dtype,
+        max_tokens=rollout.max_context_tokens, transfer=transfer,
+    )  # fmt: skip
 
 
 def _weights(path: str, student: Student, seed: int) -> PreTrainedModel:

@@ -66,17 +66,18 @@ def redraw_episodes(
     return episodes
 
 
-def draw_demonstrations(config: RunConfig, step: int, first: Sequence[Episode]) -> list[Episode]:
-    """``rollout.demonstrations.per_group`` further episodes for each group, of which the ``first`` episodes
-    are given: of its task and name, with noise, draws and uids of their own."""
+def draw_demonstrations(config: RunConfig, step: int, wanted: Sequence[tuple[Episode, int]]) -> list[Episode]:
+    """So many further episodes for each group, of which the first episodes are given: of its task and name,
+    with noise, draws and uids of their own."""
     rollout, extra = config.rollout, config.rollout.demonstrations
     episodes: list[Episode] = []
     if extra is None:
         return episodes
-    for one in first:
+    most = rollout.group_size if extra.when == "rejected" else extra.per_group
+    for one, count in wanted:
         attempt, number = divmod(one.stream[2], ATTEMPT)
-        for sample in range(extra.per_group):
-            place = rollout.episodes_per_step + number // rollout.group_size * extra.per_group + sample
+        for sample in range(count):
+            place = rollout.episodes_per_step + number // rollout.group_size * most + sample
             noise = np.random.SeedSequence([one.seed, 1 + sample]).generate_state(1)[0]
             uid, stream = _name(step, f"{place:04d}", attempt), (config.seed, step, attempt * ATTEMPT + place)
             episodes.append(replace(one, uid=uid, seed=int(noise), stream=stream, demonstration=True))
@@ -145,7 +146,8 @@ def split_sizes(sources: Sequence[EnvironmentSource]) -> list[int]:
 def check_experts(config: RunConfig) -> None:
     """Raises ConfigError where the scripted expert is to act in an environment that has none."""
     extra = config.rollout.demonstrations
-    if "expert" not in config.rollout.actors and (extra is None or extra.actor != "expert"):
+    others = [other.actor for other in (extra, config.rollout.alternatives) if other is not None]
+    if "expert" not in [*config.rollout.actors, *others]:
         return
     for source in config.environments:
         env = envs.make(source.id, **source.options)
@@ -155,7 +157,8 @@ def check_experts(config: RunConfig) -> None:
             env.close()
         if not has_expert:
             raise ConfigError(
-                f"{source.id} has no scripted expert, who is to act (rollout.source, rollout.demonstrations)."
+                f"{source.id} has no scripted expert, who is to act (rollout.source, rollout.demonstrations,"
+                " rollout.alternatives)."
                 " Let the teacher act, or take another environment."
             )
 

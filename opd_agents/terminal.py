@@ -105,6 +105,26 @@ def show_method(row: Mapping[str, Any], text: str) -> None:
     out.print(shown, markup=False, highlight=False, soft_wrap=True, end="")
 
 
+def check_table(stages: Sequence[Mapping[str, Any]]) -> Table:
+    """What was looked at in each stage, what was found, and what a step and the run would take."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold", ratio=1)
+    signs = {True: "[green]ok[/]", False: "[red]FAILED[/]", None: ""}
+    for stage in stages:
+        table.add_row(f"[bold]{escape(stage['name'])}[/]", "", "")
+        for finding in stage["findings"]:
+            table.add_row(f"  {signs[finding['passed']]}", finding["about"], escape(finding["says"]))
+        if stage["memory"]:
+            sizes = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in stage["memory"].items())
+            table.add_row("", "memory in GiB", sizes)
+        if stage["seconds"]:
+            step, whole = stage["seconds"]["step"], stage["seconds"]["run"]
+            table.add_row("", "time", f"about {step:.1f} s a step, {whole / 60:.1f} minutes in all, here")
+    return table
+
+
 def show_run(run: Path) -> None:
     """A finished run, and what its stages reached on the validation tasks."""
     out.print(f"Run: {run}", soft_wrap=True)

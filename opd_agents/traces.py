@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
-from opd_agents import envs
 from opd_agents.chat import Chat
 from opd_agents.errors import DataError, UserError
 from opd_agents.messages import to_row
 from opd_agents.policies.models import load_chat, load_tokenizer
-from opd_agents.recordings import encode_rows, refuse_bad, to_conversation
+from opd_agents.recordings import encode_rows, refuse_bad, to_conversation, tools_of
 from opd_agents.rows import read_rows
 from opd_agents.runs import PARTIAL, newest_checkpoint, trajectory_row
-from opd_agents.types import ToolSpec, Trajectory, from_dict, to_json
+from opd_agents.types import Trajectory, from_dict, to_json
 
 Line = tuple[Trajectory, str]
 
@@ -70,27 +67,11 @@ def _message_lines(
             try:
                 trajectory = from_dict(Trajectory, rows[index]["trajectory"])
                 if trajectory.success or not only_success:
-                    conversation = to_conversation(trajectory, chat, _tools(trajectory))
+                    conversation = to_conversation(trajectory, chat, tools_of(trajectory))
                     yield trajectory, to_json(to_row(conversation))
             except (UserError, KeyError, TypeError, ValueError) as error:
                 told = str(error) if isinstance(error, UserError) else f"no trajectory ({error!r})."
                 yield DataError(f"{rows.where(index)}: {told}")
-
-
-def _tools(trajectory: Trajectory) -> tuple[ToolSpec, ...]:
-    """Those of its environment; a recording has its own."""
-    if trajectory.recorded:
-        return tuple(from_dict(ToolSpec, tool) for tool in trajectory.env_kwargs["tools"])
-    return _tools_of(trajectory.env_id, to_json(trajectory.env_kwargs))
-
-
-@lru_cache(maxsize=64)
-def _tools_of(env_id: str, env_kwargs: str) -> tuple[ToolSpec, ...]:
-    env = envs.make(env_id, **json.loads(env_kwargs))
-    try:
-        return env.tools
-    finally:
-        env.close()
 
 
 def _write(to: Path, lines: Iterable[Line | DataError], skip_bad: bool) -> Traces:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ import torch
 from opd_agents import envs
 from opd_agents.config import RunConfig
 from opd_agents.distributed import World, join_world
+from opd_agents.errors import BudgetSpent
 from opd_agents.evaluation import load_suite, run_suite, summarise
 from opd_agents.evaluation.evaluate import model_contestant
 from opd_agents.experience import credit, score, with_repairs
 from opd_agents.playing import play_step
+from opd_agents.probing import refuse_misaligned
 from opd_agents.progress import Interrupted, StopSignal, progress_bar
 from opd_agents.rollout import rollout
 from opd_agents.runs import BEST, RunFolder, latest_checkpoint
@@ -28,21 +30,22 @@ from opd_agents.types import Actor
 from opd_agents.updates import update
 
 
-def train(config: RunConfig, *, resume: bool = False) -> Path:
+def train(config: RunConfig, *, resume: bool = False, probes: bool = True) -> Path:
     """Train one run, with its stages in order; returns its folder. Raises UserError before any work is lost.
 
     ``resume`` goes on from the newest checkpoint, starts a run that does not exist yet, and leaves a finished
-    one as it is. Started by torchrun or `accelerate launch`, the processes train one run together.
+    one as it is. With ``probes`` a stage that begins looks first whether all see the same tokens, and raises
+    AlignmentError where not. Started by torchrun or `accelerate launch`, processes train one run together.
     """
     world = join_world()
     with world.errors_told_once():
         envs.import_plugins(config.imports)
         for stage in config.stages.values() or [config]:
             check_inputs(stage)
-        return (_train_stages if config.stages else _train_stage)(config, resume, world)
+        return (_train_stages if config.stages else _train_stage)(config, resume, probes, world)
 
 
-def _train_stages(config: RunConfig, resume: bool, world: World) -> Path:
+def _train_stages(config: RunConfig, resume: bool, probes: bool, world: World) -> Path:
     folder = _open_folder(config, resume, world)
     previous: Path | None = None
     summaries = {}
@@ -50,16 +53,18 @@ def _train_stages(config: RunConfig, resume: bool, world: World) -> Path:
         if previous is not None:
             start = {"model": str(latest_checkpoint(previous).resolve()), "build": None}
             stage = stage.model_copy(update={"student": stage.student.model_copy(update=start)})
-        previous = _train_stage(stage, resume, world)
+        previous = _train_stage(stage, resume, probes, world)
         summaries[name] = json.loads((previous / "summary.json").read_text())
     seconds = sum(summary["seconds"] for summary in summaries.values())
     folder.write_summary({"name": config.name, "stages": summaries, "seconds": seconds})
     return folder.path
 
 
-def train_seeds(config: RunConfig, seeds: Sequence[int], *, resume: bool = False) -> list[Path]:
+def train_seeds(
+    config: RunConfig, seeds: Sequence[int], *, resume: bool = False, probes: bool = True
+) -> list[Path]:
     """The same run once per seed, each in ``<output>/seed-N``."""
-    return [train(reseeded(config, seed), resume=resume) for seed in seeds]
+    return [train(reseeded(config, seed), resume=resume, probes=probes) for seed in seeds]
 
 
 def reseeded(config: RunConfig, seed: int) -> RunConfig:
@@ -81,16 +86,19 @@ def _open_folder(config: RunConfig, resume: bool, world: World) -> RunFolder:
     return folder
 
 
-def _train_stage(config: RunConfig, resume: bool, world: World) -> Path:
+def _train_stage(config: RunConfig, resume: bool, probes: bool, world: World) -> Path:
     folder = _open_folder(config, resume, world)
     if (folder.path / "summary.json").is_file():  # written last: the run is finished
         return folder.path
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     session = load_session(config, folder, world)
+    if probes and session.step == 0:
+        refuse_misaligned(session)
     folder.truncate(session.step)
     trainer, limit = config.trainer, config.trainer.flops
     with (
+        closing(session.references),
         StopSignal(tells=world.is_main) as stop,
         progress_bar(config, session.step, shown=world.is_main) as bar,
         _tensorboard(config, session.step, world) as board,
@@ -98,7 +106,7 @@ def _train_stage(config: RunConfig, resume: bool, world: World) -> Path:
         if config.evaluation and config.evaluation.at_start and session.step == 0:
             session.evaluation_at_start = evaluate_session(session)
         while session.step < trainer.steps and (limit is None or session.totals["flops"] < limit):
-            row = train_step(session)
+            row = _affordable_step(session)
             folder.log(row)
             bar.update(row)
             if board is not None:
@@ -127,6 +135,25 @@ def _train_stage(config: RunConfig, resume: bool, world: World) -> Path:
     return folder.path
 
 
+def _affordable_step(session: Session) -> dict[str, Any]:
+    """A step. Where the budget of an API ends in it the checkpoint is that of the step before, which it has
+    not changed: all that is asked for is asked for before the updates."""
+    totals = dict(session.totals)
+    try:
+        return train_step(session)
+    except BudgetSpent as error:
+        kept = "the newest checkpoint"
+        if session.world.size == 1 and session.step:  # other ranks are not here
+            session.totals = totals
+            _save_checkpoint(session)
+            kept = f"the checkpoint of step {session.step}"
+        raise BudgetSpent(
+            f"{error} Stopped in step {session.step + 1}; {kept} and all answers are kept in "
+            f"{session.folder.path}. The same command goes on from there with a larger budget, such as "
+            "teacher.endpoint.max_cost=20, and --resume; what was answered is not paid for again."
+        ) from None
+
+
 def _save_checkpoint(session: Session) -> None:
     """The main rank writes what all have."""
     write = partial(session.save, optimizer_state=session.optimizer_state())
@@ -149,28 +176,38 @@ def train_step(session: Session) -> dict[str, Any]:
     )  # fmt: skip
     played = play_step(
         config, session.step, session.task_counts, partial(play, policy=session.behaviour),
-        partial(play, policy=session.demonstrator), session.world,
+        partial(play, policy=session.demonstrator), session.world, session.judge,
     )  # fmt: skip
-    trajectories = played.trajectories
+    trajectories, otherwise = played.trajectories, session.alternatives(played.trajectories)
     if session.recordings is not None:
         trajectories = sorted(trajectories + session.recordings.draw(session.step), key=lambda t: t.uid)
-    experience = with_repairs(session, score(session, trajectories))
+    scored = score(session, [*trajectories, *otherwise.trajectories], played.judged.feedback)
+    experience = with_repairs(session, scored)
     assigned, scheduled = session.world.from_main(lambda: credit(session, experience)), session.scheduled()
     losses = update(session, experience, assigned)
     session.advance(
-        generated_tokens=sum(t.n_action_tokens for t in trajectories) + played.discarded_tokens,
+        generated_tokens=sum(t.n_action_tokens for t in played.trajectories) + played.discarded_tokens,
         correction_tokens=sum(repair.tokens for repair in experience.repairs),
     )
     session.folder.save_trajectories(session.step, trajectory_rows(experience, assigned.credits))
+    _save_transcript(session)
     seconds = time.perf_counter() - started
     row = step_metrics(session, experience, assigned, losses, before, seconds)
-    row |= played.metrics(config) | scheduled
+    row |= played.metrics(config) | (otherwise.metrics() if config.rollout.alternatives else {}) | scheduled
     if config.evaluation and session.step % config.evaluation.every == 0:
         session.evaluation = evaluate_session(session)
         row |= session.evaluation_row()
     session.adapt(row)
     session.totals["seconds"] += time.perf_counter() - started
     return row
+
+
+def _save_transcript(session: Session) -> None:
+    """What the step asked of APIs, of all ranks, the first rank's first."""
+    if clients := session.references.clients:
+        exchanges = [one for client in clients for one in client.take_transcript()]
+        everyones = session.world.gather(exchanges)
+        session.folder.save_transcript(session.step, [one for part in everyones for one in part])
 
 
 def evaluate_session(session: Session) -> dict[str, Any]:

@@ -59,6 +59,14 @@ class Outcome(StrEnum):
     ERROR = "error"  # the environment raised or did not answer; see Trajectory.error
 
 
+class Verdict(StrEnum):
+    """How much a judge finds that an action needs teaching."""
+
+    SKIP = "skip"  # sound as it is
+    WEAK = "weak"  # could be better
+    STRONG = "strong"  # a mistake
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """Action tokens ``[start, stop)`` of one turn."""
@@ -105,10 +113,12 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """Where a repair left its parent episode: before turn ``turn`` (0-based)."""
+    """Where a trajectory left its parent episode: before turn ``turn`` (0-based). One that was not ``tried``
+    ends with what another would have done there, and no environment has seen it."""
 
     parent: str
     turn: int
+    tried: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +185,8 @@ class Trajectory:
     final_digest: str = ""
     exhausted: str | None = None  # of an unfinished one: the budget that ran out, turns, context or actions
     demonstration: bool = False  # played by another for a group of the student's episodes
+    stored: bool = False  # played before the run, and read from a file
+    replaced: bool = False  # by a demonstration: it stays on record, and nothing is learned from it
 
     @property
     def success(self) -> bool:
@@ -204,20 +216,41 @@ class Trajectory:
 
 
 @dataclass(frozen=True, slots=True)
+class ActionFeedback:
+    """What a judge says of one action of the student's, or of a whole episode (``turn`` is None).
+
+    ``trajectory`` is a uid, ``turn`` counts from 0, ``score`` goes from 0 to 9 (best). ``replacement`` is
+    what should have been done there, as the environment gets it: JSON calls, or text. What a judge was not
+    asked for is None.
+    """
+
+    trajectory: str
+    turn: int | None
+    score: int | None = None
+    verdict: Verdict | None = None
+    replacement: str | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Credit:
     """Why one action is reinforced: all parts of its learning signal, logged as is.
 
     ``kl_sum`` and ``kl_mean`` are KL(student || teacher) in nats over the action's tokens at the
     policy that sampled it; ``advantage`` maps `component.part` to the mean over the action's tokens of that
-    part of the component's advantage;
-    ``correction`` is the verdict on a repair proposed at this action; ``weight`` is the final weight of
-    the action's tokens in every component, which ``factors`` multiply in those that have a credit function.
+    part of the component's advantage; ``score``, ``verdict`` and ``reason`` are a judge's, of the action or
+    else of its episode; ``correction`` is the verdict on a repair proposed at this action; ``weight`` is the
+    final weight of the action's tokens in every component, which ``factors`` multiply in those that have a
+    credit function.
     """
 
     kl_sum: float | None = None
     kl_mean: float | None = None
     teacher_logprob: float | None = None  # nats, summed over the action's tokens
     advantage: Mapping[str, float] = field(default_factory=dict)
+    score: int | None = None
+    verdict: Verdict | None = None
+    reason: str = ""
     correction: str | None = None
     weight: float = 1.0
     factors: Mapping[str, float] = field(default_factory=dict)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opd_agents.batch import EMPTY, MicroBatch, Packed
+from opd_agents.composition import source_of
 from opd_agents.config import Component, Preference
 from opd_agents.config.needs import selects_of
 from opd_agents.errors import AlignmentError, ConfigError
@@ -75,20 +76,28 @@ def _refuse_empty(components: Mapping[str, Component], packed: Packed) -> None:
 
 def minibatches(session: Session, experience: Experience) -> Iterator[Tensor]:
     """Token masks that deal out the trajectories, and separately the repaired ones, evenly and at random;
-    whole groups where a component compares their episodes with each other."""
+    whole groups where a component compares their episodes with each other, and alternatives with the episodes
+    that they are of."""
     updates, config = session.config.trainer.updates_per_step, session.config
     random = np.random.Generator(np.random.Philox(key=[config.seed, session.step], counter=[0, 0, 2, 2**63]))
     paired = any(isinstance(component, Preference) for component in config.loss.components.values())
     trajectories = experience.trajectories
     share = torch.empty(len(trajectories), dtype=torch.int64)
+    kinds = [source_of(trajectory) for trajectory in trajectories]
     for repaired in (False, True):
-        mine = [i for i, t in enumerate(trajectories) if (t.branch is not None) == repaired]
+        mine = [
+            i for i, kind in enumerate(kinds) if kind != "alternative" and (kind == "correction") == repaired
+        ]
         units: dict[str | int, list[int]] = {}
         for i in mine:
             units.setdefault((paired and trajectories[i].group) or i, []).append(i)
         dealt = list(units.values())
         for place, which in enumerate(random.permutation(len(dealt)).tolist()):
             share[dealt[which]] = place % updates
+    places = {trajectory.uid: i for i, trajectory in enumerate(trajectories)}
+    for i, trajectory in enumerate(trajectories):
+        if trajectory.branch is not None and not trajectory.branch.tried:
+            share[i] = share[places[trajectory.branch.parent]]
     for number in range(updates):
         yield share[experience.packed.episode] == number
 

@@ -31,12 +31,15 @@ from opd_agents.config.weights import (
     Trust,
     TurnDisagreement,
     TurnDivergence,
+    VerbalScore,
+    VerdictWeight,
     Weight,
     WithoutTokens,
 )
 from opd_agents.errors import AlignmentError, ConfigError
 from opd_agents.objectives import ReferenceTerms, weights
 from opd_agents.objectives.inputs import check_rows
+from opd_agents.types import Verdict
 
 At: TypeAlias = Callable[[Scheduled], float]
 """A coefficient's value at this step."""
@@ -52,6 +55,8 @@ class WeightInputs:
     student's, ``references`` has what each reference says. Of episodes: ``group`` int64 [E] (-1: of none),
     ``success`` bool [E], and ``counted`` bool [E], the student's own rollouts, which a group's success rate
     is of. ``end_ids`` end a turn; ``token_id`` of a text raises ConfigError where it is not one token.
+    ``score`` [N] is a judge's of the token's action, 0 to 9 (NaN: none), ``verdict`` int64 [N] the place of
+    its verdict in `Verdict` (-1: none).
 
     Raises AlignmentError where shapes differ or a log-prob or an entropy is in half precision.
     """
@@ -68,10 +73,13 @@ class WeightInputs:
     counted: Tensor
     end_ids: frozenset[int]
     token_id: Callable[[str], int]
+    score: Tensor
+    verdict: Tensor
 
     def __post_init__(self) -> None:
         rows = {"target": self.target, "turn": self.turn, "episode": self.episode, "selected": self.selected}
         rows |= {"logprob": self.logprob, "entropy": self.entropy}
+        rows |= {"score": self.score, "verdict": self.verdict}
         for name, terms in self.references.items():
             columns = zip(terms._fields, terms, strict=True)
             rows |= {f"{field} of {name}": column for field, column in columns if column is not None}
@@ -91,7 +99,7 @@ class WeightInputs:
         return dataclasses.replace(
             self, target=self.target[chosen], turn=self.turn[chosen], episode=self.episode[chosen],
             selected=self.selected[chosen], logprob=self.logprob[chosen], entropy=self.entropy[chosen],
-            references=references,
+            references=references, score=self.score[chosen], verdict=self.verdict[chosen],
         )  # fmt: skip
 
     def gap(self, reference: str) -> Tensor:
@@ -150,6 +158,11 @@ def factor(
             values = _trust(weight, inputs)
         case WithoutTokens() | Prefix():
             values = _of_places(weight, inputs, at)[chosen]
+        case VerbalScore():
+            values = (own.score >= weight.at_least).float().where(~own.score.isnan(), weight.unjudged)
+        case VerdictWeight():
+            by_verdict = [*(vars(weight)[verdict] for verdict in Verdict), weight.unjudged]
+            values = torch.tensor(by_verdict)[own.verdict]
         case _:
             values = _of_tokens(weight, own)
     result = torch.zeros(len(chosen), dtype=torch.promote_types(inputs.logprob.dtype, torch.float32))

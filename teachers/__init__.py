@@ -1,5 +1,12 @@
 """Teachers: trajectory in, signal out; a teacher never changes the trajectory."""
 
-from opd_agents.teachers.base import HiddenStates, SampledLogprobs, Teacher, TeacherSignal, TeacherTopK
+from opd_agents.teachers.base import (
+    Capability,
+    HiddenStates,
+    SampledLogprobs,
+    Teacher,
+    TeacherSignal,
+    TeacherTopK,
+)
 
-__all__ = ["HiddenStates", "SampledLogprobs", "Teacher", "TeacherSignal", "TeacherTopK"]
+__all__ = ["Capability", "HiddenStates", "SampledLogprobs", "Teacher", "TeacherSignal", "TeacherTopK"]

@@ -1,10 +1,11 @@
-"""What a teacher is, and what it gives: a closed set of signal types."""
+"""What a teacher is, what it can, and what it gives: a closed set of signal types."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import ClassVar, Protocol, TypeAlias
 
 import torch
@@ -53,16 +54,33 @@ class SampledLogprobs:
 
 TeacherSignal: TypeAlias = HiddenStates | TeacherTopK | SampledLogprobs
 
-SERVES: Mapping[Need, tuple[type, ...]] = {
-    "full": (HiddenStates,),
-    "student_top_k": (HiddenStates,),
-    "teacher_top_k": (HiddenStates, TeacherTopK),
-    "sampled": (HiddenStates, TeacherTopK, SampledLogprobs),
+
+class Capability(StrEnum):
+    """What a teacher is able to: give a signal, take the agent's turns, or judge its actions in words."""
+
+    SAMPLED_LOGPROBS = "sampled_logprobs"
+    TEACHER_TOP_K = "teacher_top_k"
+    INDEXED_LOGPROBS = "indexed_logprobs"
+    HIDDEN_STATES = "hidden_states"
+    ACT = "act"
+    JUDGE = "judge"
+
+
+SIGNALS: Mapping[type, Capability] = {
+    SampledLogprobs: Capability.SAMPLED_LOGPROBS,
+    TeacherTopK: Capability.TEACHER_TOP_K,
+    HiddenStates: Capability.HIDDEN_STATES,
+}
+SERVES: Mapping[Need, frozenset[Capability]] = {
+    "full": frozenset({Capability.HIDDEN_STATES}),
+    "student_top_k": frozenset({Capability.HIDDEN_STATES}),
+    "teacher_top_k": frozenset({Capability.HIDDEN_STATES, Capability.TEACHER_TOP_K}),
+    "sampled": frozenset(SIGNALS.values()),
 }
 WORDS: Mapping[Need, str] = {
-    "full": "its full distributions (hidden states)",
-    "student_top_k": "its log-probs of the student's top k (hidden states)",
-    "teacher_top_k": "its top k (hidden states or TeacherTopK)",
+    "full": "its full distributions",
+    "student_top_k": "its log-probs of the student's top k",
+    "teacher_top_k": "its top k",
     "sampled": "its log-probs of the sampled tokens",
 }
 
@@ -72,15 +90,17 @@ class Teacher(Protocol):
 
     A run makes it as ``cls(path, chat, *, dtype, temperature, **options)`` from the section ``teacher``
     (``path`` is None without a ``model``) and the run's ``chat`` and sampling temperature. It must refuse
-    another vocabulary than the chat's. ``LocalTeacher`` is one, and the easiest to derive from.
+    another vocabulary than the chat's. Of the methods it needs those of what it ``can``, and ``tokens`` and
+    ``flops``; one that can ``judge`` has a ``client`` (:class:`opd_agents.judging.Asks`). ``LocalTeacher`` is
+    one, and the easiest to derive from.
     """
 
-    gives: ClassVar[frozenset[type]]  # the signals of this module that `score` may return; none: it only acts
+    can: ClassVar[frozenset[Capability]]  # of several signals, which one `score` returns is up to its options
 
     @property
     def greedy(self) -> Policy:
-        """Acts at temperature 0: its action replaces the student's in a repair."""
-        ...
+        """Acts at temperature 0, if it can ``act``: its action replaces the student's in a repair."""
+        raise _unable(self, "act")
 
     @property
     def tokens(self) -> int:
@@ -93,37 +113,61 @@ class Teacher(Protocol):
         ...
 
     def act(self, histories: Sequence[History]) -> list[Action]:
-        """Act as a :class:`Policy`, where ``rollout.source`` asks for the teacher."""
-        ...
+        """Act as a :class:`Policy`, where ``rollout.source`` asks for the teacher, if it can ``act``."""
+        raise _unable(self, "act")
 
     def score(self, packed: Packed, max_tokens: int, keep: Tensor | None = None) -> TeacherSignal:
         """Its signal on finished trajectories, without gradient, ``max_tokens`` at most in a forward pass;
         with ``keep`` (bool [N]) only these tokens matter, and the others' values need only be finite. Called
-        if it gives any signal."""
-        ...
+        if it can give any signal."""
+        raise _unable(self, "score")
 
 
-def check_serves(what: str, gives: AbstractSet[type], needs: AbstractSet[Need]) -> None:
-    """Raise ConfigError unless every signal that a teacher may give serves everything that is needed of it;
-    ``what`` is how a message calls the teacher."""
+def _unable(teacher: Teacher, missing: str) -> ConfigError:
+    return ConfigError(f"{type(teacher).__name__} was asked to {missing}, but it has {listed(teacher.can)}.")
+
+
+def listed(capabilities: Iterable[Capability], last: str = "and") -> str:
+    """Names for a message, in the order of the class; ``last`` stands before the last one."""
+    names = [f"`{one}`" for one in Capability if one in set(capabilities)]
+    return f" {last} ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or "no capability"
+
+
+def check_serves(what: str, can: AbstractSet[Capability], needs: AbstractSet[Need]) -> None:
+    """Raise ConfigError unless a teacher can give a signal for everything that is needed of it; ``what`` is
+    how a message calls the teacher."""
     for need, words in WORDS.items():
-        if need in needs and not (gives and gives <= set(SERVES[need])):
-            given = " or ".join(sorted(signal.__name__ for signal in gives)) or "no signal, it only acts"
+        if need in needs and not can & SERVES[need]:
+            scores = can & SERVES["sampled"]
             remedy = "take in the loss a signal that it has, as `signal: sampled`"
-            if not gives:
+            if not scores:
                 remedy = "imitate this teacher: rollout.source: teacher and a `ce` component"
             raise ConfigError(
-                f"The loss needs of {what} {words}, but it gives {given}. Take `kind: local`, or {remedy}."
+                f"The loss needs of {what} {words}, which takes the capability {listed(SERVES[need], 'or')}, "
+                f"but it has {listed(can)}. Take `kind: local`, or {remedy}."
             )
 
 
-def check_aligned(what: str, signal: TeacherSignal, gives: AbstractSet[type], size: int) -> None:
-    """Raise AlignmentError unless the signal is of a type that the teacher ``gives`` and has one row for each
-    of ``size`` action tokens; ConfigError for log-probs in half precision."""
-    if type(signal) not in gives:
-        raise AlignmentError(
-            f"{what} gave a {type(signal).__name__}, which is not among what its class says that it `gives`."
+def check_acts(what: str, can: AbstractSet[Capability], asked: str) -> None:
+    """Raise ConfigError unless a teacher can act; ``asked`` is the config's key that wants its actions."""
+    if Capability.ACT not in can:
+        raise ConfigError(
+            f"{asked} asks {what} for actions, which takes the capability `act`, but it has {listed(can)}. "
+            "Take a teacher that acts, as kind local does, or let another act."
         )
+
+
+def check_aligned(
+    what: str, signal: TeacherSignal, can: AbstractSet[Capability], needs: AbstractSet[Need], size: int
+) -> None:
+    """Raise AlignmentError unless the signal is one that the teacher ``can`` give, serves what is needed of
+    it and has one row for each of ``size`` action tokens; ConfigError for log-probs in half precision."""
+    given = SIGNALS.get(type(signal))
+    if given is None or given not in can:
+        raise AlignmentError(
+            f"{what} gave a {type(signal).__name__}, which is not among what its class says that it `can`."
+        )
+    check_serves(f"{what}, from the {type(signal).__name__} that it gave,", {given}, needs)
     match signal:
         case HiddenStates(hidden):
             tensors: tuple[Tensor, ...] = (hidden,)

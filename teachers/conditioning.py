@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -91,8 +90,7 @@ class Conditioner:
         context = self._live_context(history.env)
         if context is None:
             return None
-        opening = takewhile(lambda message: message.role != "tool", history.messages)
-        return self._edit(list(opening), history.env.tools, context)
+        return self._edit(list(history.opening), history.env.tools, context)
 
     def check(self, episode: Episode) -> None:
         """Raise ConfigError where the template cannot carry the context into such an episode's prompt."""

@@ -26,7 +26,7 @@ from opd_agents.policies.models import (
     load_tokenizer,
 )
 from opd_agents.policies.sampler import TransformersSampler
-from opd_agents.teachers.base import HiddenStates
+from opd_agents.teachers.base import Capability, HiddenStates
 from opd_agents.teachers.conditioning import ConditionedPolicy, Conditioner
 from opd_agents.types import Actor
 
@@ -38,7 +38,7 @@ class ModelTeacher:
     that tell it more; what it scores, the caller has conditioned.
     """
 
-    gives: ClassVar[frozenset[type]] = frozenset({HiddenStates})
+    can: ClassVar[frozenset[Capability]] = frozenset({Capability.HIDDEN_STATES, Capability.ACT})
 
     def __init__(
         self,
@@ -112,21 +112,26 @@ class LocalTeacher(ModelTeacher):
         conditioner: Conditioner | None = None,
     ) -> None:
         """Raises CheckpointError for an unreadable checkpoint, ConfigError for one of another chat."""
-        tokenizer = load_tokenizer(path)
-        if tokenizer.get_vocab() != chat.tokenizer.get_vocab():
-            raise ConfigError(
-                f"The teacher {path} has another vocabulary than the student, so it cannot score the "
-                "student's tokens. Use a teacher with the student's tokenizer, or build the student with "
-                "`student.build.tokenizer` set to the teacher's folder."
-            )
-        template = chat.template if chat.template_given else None  # the run's own is for both
-        settings = {"template": template, "kwargs": chat.kwargs, "system": chat.system}
-        if load_chat(path, tokenizer, settings).fingerprint != chat.fingerprint:
-            raise ConfigError(
-                f"The teacher {path} has another chat template than the student, so the student's prompts "
-                "may not be what it knows. Give one for both, a .jinja file, as chat.template."
-            )
+        check_same_chat(path, chat)
         model = load_model(path, dtype).requires_grad_(False)
         fit_vocabulary(model, chat.tokenizer, path)
         check_projection(model, dtype)
         super().__init__(model, chat, temperature, conditioner=conditioner)
+
+
+def check_same_chat(path: str, chat: Chat) -> None:
+    """Raise ConfigError for a checkpoint of another vocabulary or chat template than the student's."""
+    tokenizer = load_tokenizer(path)
+    if tokenizer.get_vocab() != chat.tokenizer.get_vocab():
+        raise ConfigError(
+            f"The teacher {path} has another vocabulary than the student, so it cannot score the "
+            "student's tokens. Use a teacher with the student's tokenizer, or build the student with "
+            "`student.build.tokenizer` set to the teacher's folder."
+        )
+    template = chat.template if chat.template_given else None  # the run's own is for both
+    settings = {"template": template, "kwargs": chat.kwargs, "system": chat.system}
+    if load_chat(path, tokenizer, settings).fingerprint != chat.fingerprint:
+        raise ConfigError(
+            f"The teacher {path} has another chat template than the student, so the student's prompts "
+            "may not be what it knows. Give one for both, a .jinja file, as chat.template."
+        )

@@ -39,6 +39,10 @@ def present(name: str) -> bool:
         except MissingPart:
             return False
         return True
+    if name == "vllm":
+        from vllm_servers import vllm_python
+
+        return vllm_python() is not None
     return bool(shutil.which(name) or importlib.util.find_spec(name))
 
 
@@ -106,6 +110,37 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from opd_agents.trainer import train
 
     return train(load_config(tiny.sft(tmp_path_factory.mktemp("teacher") / "run")))
+
+
+@pytest.fixture(scope="session")
+def tiny_student(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
+    """A checkpoint with the teacher's tokenizer that is no copy of it."""
+    import tiny
+
+    from opd_agents.config import load_config
+    from opd_agents.trainer import train
+
+    raw = tiny.sft(
+        tmp_path_factory.mktemp("student") / "run",
+        student={"build": tiny.BUILD | {"tokenizer": str(tiny_teacher)}},
+    )
+    raw["trainer"] |= {"steps": 3}
+    return train(load_config(raw)) / "checkpoints" / "step-3"
+
+
+@pytest.fixture(scope="session")
+def tiny_episodes(tmp_path_factory: pytest.TempPathFactory, tiny_student: Path) -> Path:
+    """A file of twelve episodes that the tiny student played."""
+    import tiny
+    from test_cli import run
+
+    file = tmp_path_factory.mktemp("episodes") / "episodes.jsonl"
+    done = run(
+        "--import", str(Path(tiny.__file__)), "rollout", "tiny/Parity-v0", "--policy", str(tiny_student),
+        "--episodes", "12", "--out", str(file),
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    return file
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ class Scripted:
         return Action(self.actor, StopReason.END, ids, (0.0,) * len(ids))
 
 
-def turn(context: Sequence[int], action: Sequence[int], **fields: Any) -> Turn:
+def turn(context: Sequence[int], action: Sequence[int], /, **fields: Any) -> Turn:
     """A turn by hand, sampled by the student with log-probs of -1."""
     defaults: dict[str, Any] = {
         "context_ids": tuple(context), "action_ids": tuple(action), "logprobs": (-1.0,) * len(action),

@@ -18,9 +18,9 @@ from opd_agents.batch import Packed
 from opd_agents.cli import app
 from opd_agents.config import list_methods, load_config, method_text
 from opd_agents.errors import ConfigError
-from opd_agents.references import check_references
-from opd_agents.teachers import SampledLogprobs, TeacherTopK
+from opd_agents.teachers import Capability, SampledLogprobs, TeacherTopK
 from opd_agents.teachers.local import LocalTeacher
+from opd_agents.teaching import check_references
 from opd_agents.trainer import train
 
 HERE = "test_bad_losses"
@@ -28,16 +28,18 @@ ALL = [row["name"] for row in list_methods()]
 SELF_TAUGHT = {name for name in ALL if "teacher" in yaml.safe_load(method_text(name))["config"]}
 # What an API gives is enough for these: they ask no more of the teacher than sampled tokens, or nothing.
 BY_SAMPLED = {
-    *("fast_opd", "g_opd", "grpo", "hdpo_gate", "kdrl", "kdrl_annealed", "kdrl_mask", "luffy"),
-    *("opd_then_rl", "rlad", "scope", "sft", "srpo", "thinking_machines"),
+    *("fast_opd", "g_opd", "grpo", "hdpo_gate", "kdrl", "kdrl_annealed", "kdrl_mask", "lightning_opd"),
+    *("luffy", "opd_then_rl", "rlad", "scope", "sft", "srpo", "thinking_machines"),
+    *("guided_opd", "orpo_distill"),
 }
+JUDGED = {"ovd", "sage_opd"}  # they ask for words, too
 BY_TOP_K = {*BY_SAMPLED, "revisiting_opd"}
 
 
 class Sampled(LocalTeacher):
     """Tells of each action token how probable it is, as any serving API does."""
 
-    gives: ClassVar = frozenset({SampledLogprobs})
+    can: ClassVar = frozenset({Capability.SAMPLED_LOGPROBS, Capability.ACT})
 
     def score(self, packed: Packed, max_tokens: int, keep: Tensor | None = None) -> Any:
         return SampledLogprobs(self._chosen(self._log_p(packed, max_tokens, keep), packed))
@@ -52,7 +54,7 @@ class Sampled(LocalTeacher):
 
 
 class TopFour(Sampled):
-    gives: ClassVar = frozenset({TeacherTopK})
+    can: ClassVar = frozenset({Capability.TEACHER_TOP_K, Capability.ACT})
 
     def score(self, packed: Packed, max_tokens: int, keep: Tensor | None = None) -> Any:
         log_p = self._log_p(packed, max_tokens, keep)
@@ -87,7 +89,7 @@ def by(kind: str, teacher: Path) -> dict[str, Any]:
 # ---- what a teacher can tell ----
 
 
-@pytest.mark.parametrize("method", [name for name in ALL if name not in SELF_TAUGHT])
+@pytest.mark.parametrize("method", [name for name in ALL if name not in SELF_TAUGHT | JUDGED])
 @pytest.mark.parametrize(("kind", "served"), [("Sampled", BY_SAMPLED), ("TopFour", BY_TOP_K)])
 def test_a_method_takes_a_teacher_that_tells_enough_and_no_other(
     method: str, kind: str, served: set[str], tmp_path: Path, tiny_teacher: Path
@@ -98,11 +100,11 @@ def test_a_method_takes_a_teacher_that_tells_enough_and_no_other(
     if method in served:
         check_references(config)
         return
-    given = {"Sampled": "SampledLogprobs", "TopFour": "TeacherTopK"}[kind]
+    given = {"Sampled": "sampled_logprobs", "TopFour": "teacher_top_k"}[kind]
     with pytest.raises(ConfigError) as caught:
         check_references(config)
     message = str(caught.value)
-    assert f"needs of teacher.kind {HERE}:{kind}" in message and f"it gives {given}." in message
+    assert f"needs of teacher (kind {HERE}:{kind})" in message and f"it has `{given}` and" in message
     assert "Take `kind: local`" in message
 
 
@@ -292,8 +294,8 @@ def mistaken(tmp_path: Path, raw: dict[str, Any]) -> str:
 def test_a_signal_that_the_teacher_cannot_give(tmp_path: Path, tiny_teacher: Path) -> None:
     raw = described(tmp_path / "run", tiny_teacher, method="gkd", **by("Sampled", tiny_teacher))
     message = mistaken(tmp_path, raw)
-    assert f"The loss needs of teacher.kind {HERE}:Sampled its full distributions" in message
-    assert "it gives SampledLogprobs. Take `kind: local`, or" in message
+    assert f"The loss needs of teacher (kind {HERE}:Sampled) its full distributions" in message
+    assert "the capability `hidden_states`, but it has `sampled_logprobs` and `act`. Take" in message
     assert not (tmp_path / "run").exists()
 
 
@@ -346,12 +348,12 @@ def test_a_loss_that_finds_nothing_to_do(
         (
             "TopFour",
             OPD | {"weights": [{"kind": "teacher_entropy"}]},
-            ["its full distributions", "it gives TeacherTopK. Take `kind: local`"],
+            ["its full distributions", "it has `teacher_top_k` and `act`. Take `kind: local`"],
         ),
         (
             "Sampled",
             OPD | {"references": {"teacher": {"baseline": "closed_form"}}},
-            ["its full distributions", "it gives SampledLogprobs"],
+            ["its full distributions", "it has `sampled_logprobs` and `act`"],
         ),
     ],
 )

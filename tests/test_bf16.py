@@ -14,9 +14,9 @@ from opd_agents import trainer, updates
 from opd_agents.batch import pack
 from opd_agents.config import RunConfig, load_config
 from opd_agents.errors import AlignmentError
-from opd_agents.experience import GAPS
 from opd_agents.frozen import check_behaviour, frozen_terms
 from opd_agents.optimizers import ModelOptimizer
+from opd_agents.policies.probe import GAPS
 from opd_agents.runs import latest_checkpoint
 from opd_agents.trainer import train
 

@@ -87,7 +87,7 @@ def tries(chat: Chat, episodes: Sequence[Episode], *actions: str) -> list[Trajec
     calls = actions or (call("roll"), call("add", number=1), call("stop"))
 
     def choose(history: History) -> str:
-        return calls[len(history.messages) - 2]
+        return calls[len(history.turns)]
 
     return rolled(episodes, Scripted(choose, chat=chat), chat, limits=WIDE)
 
@@ -166,7 +166,7 @@ def test_where_prompts_are_rendered_anew_every_segment_is_told(
     name: str, kwargs: dict[str, Any], place: str
 ) -> None:
     chat = family(name, history="template", kwargs=kwargs)
-    writes = Written(lambda history: HERMES[len(history.messages) - 2], chat=chat)
+    writes = Written(lambda history: HERMES[len(history.turns)], chat=chat)
     (one,) = rolled(noisy(1), writes, chat, limits=WIDE)
     packed = pack([one])
     after, taught = conditioner(chat, "text", place=place).condition(packed, [one])
@@ -404,7 +404,7 @@ def test_in_rendered_histories_it_acts_on_the_told_conversation() -> None:
             seen.extend(histories)
             return super().act(histories)
 
-    spy = Spy(lambda history: HERMES[len(history.messages) - 2], Actor.TEACHER, chat)
+    spy = Spy(lambda history: HERMES[len(history.turns)], Actor.TEACHER, chat)
     (one,) = rolled(noisy(1), ConditionedPolicy(spy, conditioner(chat, "text")), chat, limits=WIDE)
     assert len(seen) == len(one.turns) == 4
     after, _ = conditioner(chat, "text").condition(pack([one]), [one])

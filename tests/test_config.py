@@ -127,7 +127,12 @@ def test_overrides_are_yaml_and_floats_need_no_point() -> None:
     assert config.chat.system is None
     assert not config.trainer.tensorboard
     assert config.chat.kwargs == {"a": [1, 2]}
-    assert config.trainer.learning_rate.model_dump() == {"kind": "linear", "start": 1.0, "end": 0.0}
+    assert config.trainer.learning_rate.model_dump() == {
+        "kind": "linear",
+        "start": 1.0,
+        "end": 0.0,
+        "until": 1.0,
+    }
     assert load_config(raw(), "trainer.learning_rate=1e-4").trainer.learning_rate == 1e-4
 
 
@@ -296,7 +301,8 @@ def shipped() -> list[str]:
     return [e.name.removesuffix(".yaml") for e in EXPERIMENTS.iterdir() if e.name.endswith(".yaml")]
 
 
-GIVEN = {"hf_local": ("student.model=s", "teacher.model=t")}  # what a shipped experiment leaves to the user
+MODELS = ("student.model=s", "teacher.model=t")
+GIVEN = {"hf_local": MODELS, "api_teacher": MODELS}  # what shipped experiments leave to the user
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from rolling import LIMITS, Scripted, desk_episodes, rolled
 from opd_agents import envs
 from opd_agents.batch import pack
 from opd_agents.config import Correction
-from opd_agents.correction import correct
-from opd_agents.correction.repair import restore
+from opd_agents.correction import correct, earliest_errors
+from opd_agents.correction.states import restore
 from opd_agents.envs.orderdesk import OrderDesk
 from opd_agents.errors import ReplayDivergence
 from opd_agents.policies import Action
@@ -64,9 +64,10 @@ def doubts(trajectories, turns):
 def repair(trajectories, student, teacher, chat, *, turns=None, budget=1e6, settings=SETTINGS, stream=(1, 2)):
     turns = turns or [len(t.turns) - 1 for t in trajectories]
     packed, teacher_logprob = doubts(trajectories, turns)
+    errors = earliest_errors(trajectories, packed, teacher_logprob, settings.propose.below)
     return correct(
-        trajectories, packed, teacher_logprob, settings, stream=stream, token_budget=budget, student=student,
-        teacher=teacher, make=envs.make, chat=chat, limits=LIMIT, temperature=1.0,
+        errors, settings, stream=stream, token_budget=budget, student=student, teacher=teacher,
+        make=envs.make, chat=chat, limits=LIMIT, temperature=1.0,
     )  # fmt: skip
 
 
@@ -226,7 +227,7 @@ def test_an_environment_that_fails_takes_no_other_correction_with_it(failed, des
         replayed(env, actions, digests)
 
     monkeypatch.setattr(OrderDesk, "replay", failing)
-    with pytest.warns(UserWarning, match="no correction, its environment failed: ConnectionError"):
+    with pytest.warns(UserWarning, match="not gone back to, its environment failed: ConnectionError"):
         rest = repair(failed, student, teacher, desk_chat)
     assert {one.parent.uid for one in rest} == {one.parent.uid for one in whole[1:]}
 

@@ -141,7 +141,7 @@ def test_the_shown_tasks_are_played(data: Path) -> None:
 
 def test_the_shown_functions_are_taken(data: Path) -> None:
     config = load_config("plugged.yaml")
-    assert teacher_class("teacher", config.teacher, {"full"}).__name__ == "Sharp"
+    assert teacher_class("teacher", config.teacher).__name__ == "Sharp"
     episode = trajectory([turn((5, 6), (7, 8))])
     brief, distill = config.loss.components["brief"], config.loss.components["distill"]
     reward = load_reward(brief.rewards["short"].reward, "reward")

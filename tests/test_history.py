@@ -73,7 +73,7 @@ class Raw:
         self.chat, self.texts = chat, texts
 
     def act(self, histories):
-        return [self._action(self.texts[len(history.messages) - 2]) for history in histories]
+        return [self._action(self.texts[len(history.turns)]) for history in histories]
 
     def _action(self, text):
         ids = (*self.chat.tokenizer.encode(text, add_special_tokens=False), self.chat.tokenizer.eos_token_id)
@@ -349,7 +349,7 @@ def test_every_family_plays_an_environment_to_its_end():
     for name in ("qwen2_5", "qwen3", "qwen3_6", "llama3_2", "glm4moe", "gptoss", "deepseekv3"):
         for history in ("append", "template"):
             chat = family(name, history=history)
-            policy = Scripted(lambda h: actions[len(h.messages) - 2], Actor.EXPERT)
+            policy = Scripted(lambda h: actions[len(h.turns)], Actor.EXPERT)
             (one,) = rollout([episode()], policy, make=make, chat=chat, limits=WIDE, temperature=1.0)
             assert one.success, (name, history, one.error)
             pack([one])

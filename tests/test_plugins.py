@@ -22,7 +22,7 @@ from opd_agents.errors import AlignmentError, ConfigError, RunFolderError, UserE
 from opd_agents.plugins import load_credit, load_object, load_reward
 from opd_agents.runs import newest_checkpoint
 from opd_agents.session import Session
-from opd_agents.teachers import HiddenStates
+from opd_agents.teachers import Capability, HiddenStates
 from opd_agents.teachers.local import LocalTeacher
 from opd_agents.trainer import train
 from opd_agents.types import Credit, Outcome, Trajectory
@@ -78,7 +78,7 @@ class Scaled(LocalTeacher):
 class Wrapped:
     """Not derived from anything: another teacher, whose words it passes on."""
 
-    gives: ClassVar = frozenset({HiddenStates})
+    can: ClassVar = frozenset({Capability.HIDDEN_STATES, Capability.ACT})
 
     def __init__(self, path: str | None, chat: Any, *, dtype: str, temperature: float, within: str) -> None:
         assert path is None
@@ -88,10 +88,20 @@ class Wrapped:
 
 
 class Actor(Scaled):
-    gives: ClassVar = frozenset()
+    can: ClassVar = frozenset({Capability.ACT})
 
     def score(self, *arguments: Any) -> HiddenStates:
         raise AssertionError("a teacher that gives nothing is not asked")
+
+
+class Scorer:
+    """Has no more than scoring takes."""
+
+    can: ClassVar = frozenset({Capability.HIDDEN_STATES})
+
+    def __init__(self, path: str, chat: Any, **settings: Any) -> None:
+        self.score = LocalTeacher(path, chat, **settings).score
+        self.tokens = self.flops = 0
 
 
 class Misaligned(Scaled):
@@ -101,7 +111,7 @@ class Misaligned(Scaled):
 
 
 class Mute:
-    gives: ClassVar = frozenset({HiddenStates})
+    can: ClassVar = frozenset({Capability.HIDDEN_STATES, Capability.ACT})
 
     def __init__(self, path: str, chat: Any, **settings: Any) -> None:
         self.tokens = 0
@@ -264,8 +274,33 @@ def test_a_teacher_that_only_acts(tmp_path: Path, tiny_teacher: Path) -> None:
     changes = {"teacher": acts, "loss": imitate, "rollout": rollout}
     folder = train(run(tmp_path, tiny_teacher, "trainer.steps=1", **changes))
     assert tiny.metrics(folder)[0]["loss/imitate"] > 0
-    with pytest.raises(ConfigError, match=r"Actor.*it only acts. Take `kind: local`"):
+    with pytest.raises(ConfigError, match=r"Actor.*it has `act`. Take `kind: local`"):
         train(run(tmp_path, tiny_teacher, f"output={tmp_path}/other", teacher=acts))
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        ("rollout.source", {"rollout": {"source": {"student": 0.5, "teacher": 0.5}, **tiny.LIMITS}}),
+        (
+            "rollout.demonstrations",
+            {"rollout": {"demonstrations": {"actor": "teacher"}, **tiny.LIMITS}},
+        ),
+        ("correction", {"correction": {}}),
+    ],
+)
+def test_a_teacher_that_only_scores_takes_no_turns(
+    key: str, changes: dict[str, Any], tmp_path: Path, tiny_teacher: Path
+) -> None:
+    scores = {"kind": f"{HERE}:Scorer", "model": str(tiny_teacher)}
+    changes = {"loss": {"components": {"distill": tiny.DISTILL}}} | changes
+    folder = train(run(tmp_path, tiny_teacher, "trainer.steps=1", teacher=scores))
+    assert tiny.metrics(folder)[0]["loss/distill"] > 0
+    with pytest.raises(
+        ConfigError, match=rf"{key} asks teacher .*Scorer.* `act`, but it has `hidden_states`"
+    ):
+        train(run(tmp_path, tiny_teacher, f"output={tmp_path}/other", teacher=scores, **changes))
     assert not (tmp_path / "other").exists()
 
 
@@ -274,7 +309,7 @@ def test_a_teacher_that_only_acts(tmp_path: Path, tiny_teacher: Path) -> None:
     [
         ({"kind": f"{HERE}:Missing"}, UserError, "teacher.kind: module test_plugins has no class Missing"),
         ({"kind": f"{HERE}:short"}, UserError, "is no class but function"),
-        ({"kind": "pathlib:Path"}, ConfigError, "pathlib:Path lacks `gives`"),
+        ({"kind": "pathlib:Path"}, ConfigError, "pathlib:Path lacks `can`"),
         ({"kind": f"{HERE}:Wrapped", "options": {"wihtin": "x"}}, ConfigError, "cannot be made with.*wihtin"),
         ({"kind": f"{HERE}:Mute"}, ConfigError, "lacks act, greedy, score, flops"),
         ({"kind": f"{HERE}:Misaligned"}, AlignmentError, "hidden states for .* action tokens"),

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import json
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from functools import lru_cache, partial
 from pathlib import Path
@@ -22,6 +22,7 @@ import tiny
 import torch
 import yaml
 from engine import engine
+from judging import Answers
 
 from opd_agents import envs
 from opd_agents.config import (
@@ -37,11 +38,13 @@ from opd_agents.config import (
 )
 from opd_agents.errors import ConfigError
 from opd_agents.experience import Experience, score
+from opd_agents.judging import Judged, judge_episodes
 from opd_agents.playing import play_step
-from opd_agents.references import settings_of
 from opd_agents.rollout import rollout
 from opd_agents.runs import RunFolder
 from opd_agents.session import Session, load_session
+from opd_agents.teaching import settings_of
+from opd_agents.types import Trajectory
 
 Place = tuple[str | int, ...]
 
@@ -55,7 +58,7 @@ SMALL: dict[Place, Any] = {  # numbers of the presets that a run of two short tu
 # Keys to which the rest of a preset may leave no other value: that is refused, and not without effect.
 BOUND = {
     *("source", "actor", "kind", "weights", "sources", "reference", "trrd_reference", "both_kl_legs"),
-    *("divergence", "tail", "ratio", "mismatch", "clip_low", "clip_high", "denominator"),
+    *("divergence", "tail", "ratio", "mismatch", "clip_low", "clip_high", "denominator", "form", "when"),
 }
 STEPS = 10  # of which three are over: a third of the way, where a line and a cosine are apart
 WORD = "yes"  # one token of the student's
@@ -175,7 +178,8 @@ class Run:
 
     def load(self, own: dict[str, Any]) -> RunConfig:
         raw: dict[str, Any] = tiny.sft(self.folder, method=None, **own)
-        raw["rollout"] = {"episodes_per_step": 24, **tiny.LIMITS} | own["rollout"]
+        episodes = 120 if isinstance(own["rollout"]["source"], dict) else 24  # shares show in many turns
+        raw["rollout"] = {"episodes_per_step": episodes, **tiny.LIMITS} | own["rollout"]
         raw["student"] = {"build": tiny.BUILD | {"tokenizer": str(self.teacher)}}
         raw["trainer"] |= {"steps": STEPS, "learning_rate": 0.1, "optimizer": "adamw"}
         return load_config({"teacher": {"model": str(self.teacher)}} | raw)
@@ -192,9 +196,9 @@ class Run:
         play = partial(rollout, make=envs.make, chat=session.chat, limits=session.limits, temperature=1.0)
         played = play_step(
             config, session.step, session.task_counts, partial(play, policy=session.behaviour),
-            partial(play, policy=session.demonstrator),
+            partial(play, policy=session.demonstrator), judge=partial(judged, config),
         )  # fmt: skip
-        experience = score(session, played.trajectories)
+        experience = score(session, played.trajectories, played.judged.feedback)
         packed = experience.packed  # recorded log-probs as of a sampler that rounds, and of weights long past
         noise = torch.randn(len(packed.behaviour), generator=random)
         packed = dataclasses.replace(packed, behaviour=(packed.behaviour + noise).clamp(max=0.0))
@@ -214,6 +218,23 @@ class Run:
         ]
         actions = [turn.action_ids for t in experience.trajectories for turn in t.turns]
         return Seen(actions, [loss for loss, _ in at], [gradient for _, gradient in at])
+
+
+def judged(config: RunConfig, trajectories: Sequence[Trajectory]) -> Judged:
+    """By a judge who counts letters."""
+    if (settings := config.judge) is None:
+        return Judged()
+
+    def answer(episode: dict[str, Any]) -> Any:
+        def said(text: str) -> dict[str, Any]:
+            size = len(text) + len(settings.ask)  # who is asked for more may answer otherwise
+            given = {"score": size % 10, "verdict": ("skip", "weak", "strong")[size % 3]}
+            return {"reason": ""} | {key: given[key] for key in settings.ask}
+
+        items = [{"number": one["number"]} | said(one["action"]) for one in episode["actions"]]
+        return said(str(episode)) | {"actions": items}
+
+    return judge_episodes(Answers(answer), settings, trajectories, lambda one: (), (0, 3))
 
 
 def without_loss(own: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,16 @@ import torch
 import yaml
 
 from opd_agents import envs
-from opd_agents.config import EXPERIMENTS, Policy, list_methods, load_config, method_text, reference_needs
+from opd_agents.composition import selected
+from opd_agents.config import (
+    EXPERIMENTS,
+    Policy,
+    Preference,
+    list_methods,
+    load_config,
+    method_text,
+    reference_needs,
+)
 from opd_agents.experience import Assigned, Experience, credit, score
 from opd_agents.frozen import FrozenTerms, frozen_terms
 from opd_agents.playing import play_step
@@ -66,7 +75,7 @@ def told(session: Session, experience: Experience) -> FrozenTerms:
 def gain(session: Session, experience: Experience, assigned: Assigned, before: FrozenTerms) -> float:
     """What the method is for, in nats a token, above 0 if the updates did it. With rewards: that actions of
     episodes better than their group's became likelier, and of others less; else, with a reference: that the
-    student came nearer to it; else that what was shown became likelier."""
+    student came nearer to it; else that what was shown became likelier, and what it is preferred to less."""
     after, components = told(session, experience), session.config.loss.components
     rewarded = [
         assigned.composed[name].rewards[part]
@@ -80,6 +89,13 @@ def gain(session: Session, experience: Experience, assigned: Assigned, before: F
         assert old is not None and new is not None
         return float((old - new).mean())
     better = rewarded[0][experience.packed.episode] if rewarded else torch.ones(())
+    for component in components.values():
+        if isinstance(component, Preference):
+            chosen, rejected = (
+                selected(experience.packed, experience.trajectories, select)
+                for select in (component.chosen, component.rejected)
+            )
+            better = chosen - rejected
     return float(((after.logprob - before.logprob) * better).mean())
 
 

@@ -133,6 +133,7 @@ FORMULAS: dict[str, Formula] = {
     "entropy_aware": papers.entropy_aware,
     "rethinking_opd": papers.rethinking_opd,
     "fast_opd": papers.fast_opd,
+    "lightning_opd": papers.fast_opd,
     "paced": papers.paced,
     "thinking_machines": papers.thinking_machines,
 }
@@ -276,7 +277,8 @@ def test_at_the_weights_that_sampled_no_ratio_is_clipped(
 ) -> None:
     seen = case(graded, model=sampling)
     one = seen.loss(preset("thinking_machines"))
-    for other in (preset("fast_opd"), {"reverse": preset("entropy_aware")["reverse"]}):
+    reverse = {"reverse": preset("entropy_aware")["reverse"]}
+    for other in (preset("fast_opd"), preset("lightning_opd"), reverse):
         assert_same(seen.loss(other), one, rtol=1e-5)
 
 

@@ -18,7 +18,6 @@ from opd_agents.config import load_config
 from opd_agents.errors import ConfigError, DataError
 from opd_agents.messages import read_conversation, to_row
 from opd_agents.recordings import (
-    Recordings,
     encode_row,
     encode_rows,
     refuse_bad,
@@ -28,6 +27,7 @@ from opd_agents.recordings import (
 )
 from opd_agents.report import write_report
 from opd_agents.rows import Rows, read_rows, read_splits
+from opd_agents.stored import recordings_of
 from opd_agents.traces import export_messages
 from opd_agents.trainer import train
 from opd_agents.types import Actor, Message, Outcome, SpanKind, ToolCall, Trajectory, from_dict, to_dict
@@ -359,12 +359,13 @@ def config(data: Path, output: Path, *overrides: str, **changes: Any) -> Any:
 
 def test_every_epoch_visits_every_row_once_in_another_order(chat: Chat, data: Path, tmp_path: Path) -> None:
     settings = config(data, tmp_path, "rollout.episodes_per_step=3")
-    recordings = Recordings(settings, settings.rollout.source, chat)
+    recordings = recordings_of(settings, chat)
+    assert recordings is not None
     epochs = [[t.task.id for step in (e, e + 1, e + 2) for t in recordings.draw(step)] for e in (0, 3)]
     assert sorted(epochs[0]) == sorted(epochs[1]) and len(set(epochs[0])) == 9 and epochs[0] != epochs[1]
     assert recordings.epoch(3) == 1.0
-    fresh = Recordings(settings, settings.rollout.source, chat)
-    assert fresh.draw(5) == recordings.draw(5)  # of (seed, step) alone
+    fresh = recordings_of(settings, chat)
+    assert fresh is not None and fresh.draw(5) == recordings.draw(5)  # of (seed, step) alone
 
 
 def test_lambda_of_the_groups_are_the_students(data: Path, tmp_path: Path) -> None:

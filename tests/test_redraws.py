@@ -229,7 +229,7 @@ def test_demonstrations_are_for_the_groups_that_are_left() -> None:
     assert [t.demonstration for t in result.trajectories] == [False] * 12 + [True] * 4
     first = {t.group: t.task for t in result.trajectories[:12]}
     assert all(first[e.group] == e.task for e in asked)
-    again = draw_demonstrations(made, 2, [play.calls[0][3]])  # of the group that was replaced
+    again = draw_demonstrations(made, 2, [(play.calls[0][3], 2)])  # of the group that was replaced
     assert not {e.stream for e in again} & {e.stream for e in asked}
     assert result.metrics(made)["demonstrations/episodes"] == 4
 

@@ -79,7 +79,7 @@ def counter(uid, task="0", **kwargs):
 
 def by_turn(*actions):
     """Action k in turn k: the opening is two messages, each turn adds one."""
-    return Scripted(lambda history: actions[len(history.messages) - 2], Actor.EXPERT)
+    return Scripted(lambda history: actions[len(history.turns)], Actor.EXPERT)
 
 
 def count(episodes, policy, chat=None, limits=LIMITS, **options):
@@ -244,7 +244,7 @@ def test_errors_of_calls_and_of_parsing_are_recorded_and_cost_a_turn(desk_chat):
         ADD,
     ]
     for chat in (None, desk_chat):
-        (one,) = count([counter("a")], Scripted(lambda h: actions[len(h.messages) - 2], chat=chat), chat=chat,
+        (one,) = count([counter("a")], Scripted(lambda h: actions[len(h.turns)], chat=chat), chat=chat,
                        limits=dataclasses.replace(LIMITS, max_turns=5))  # fmt: skip
         assert one.outcome is Outcome.UNFINISHED and len(one.turns) == 5
         negative, unknown, malformed, broken, fine = one.turns
@@ -261,9 +261,7 @@ def test_errors_of_calls_and_of_parsing_are_recorded_and_cost_a_turn(desk_chat):
 
 def test_a_malformed_call_is_answered_and_the_policy_goes_on(desk_chat):
     actions = [BAD, ADD, ADD, ADD, STOP]
-    (one,) = count(
-        [counter("a")], Scripted(lambda h: actions[len(h.messages) - 2], chat=desk_chat), chat=desk_chat
-    )
+    (one,) = count([counter("a")], Scripted(lambda h: actions[len(h.turns)], chat=desk_chat), chat=desk_chat)
     assert one.success and len(one.turns) == 5
     answer = desk_chat.tokenizer.decode(list(one.turns[1].context_ids))
     assert "malformed tool call" in answer
@@ -280,7 +278,7 @@ class Cut:
         full = self.chat.encode_action(ADD)
         return [
             Action(Actor.STUDENT, StopReason.LENGTH, full[:-2], (-0.5,) * (len(full) - 2))
-            if len(h.messages) == 2
+            if not h.turns
             else Action(Actor.STUDENT, StopReason.END, full, (-0.5,) * len(full))
             for h in histories
         ]
@@ -471,7 +469,7 @@ def test_no_more_environments_live_than_may(cls, limits, most):
     ended = []
     played = rollout(
         [counter(uid, task="0" if int(uid) % 2 else "1") for uid in uids],
-        Scripted(lambda h: ADD if len(h.messages) - 2 < 3 + (int(h.uid) + 1) % 2 else STOP),
+        Scripted(lambda h: ADD if len(h.turns) < 3 + (int(h.uid) + 1) % 2 else STOP),
         make=lambda id: cls(), chat=None, limits=limits, temperature=1.0,
         on_finished=lambda t: ended.append(t.uid),
     )  # fmt: skip
@@ -507,7 +505,7 @@ def test_many_episodes_wait_without_an_environment_or_a_thread(limits):
 @pytest.mark.parametrize("limits", [LIMITS, TIMED], ids=["direct", "timed"])
 def test_what_ends_a_rollout_leaves_no_environment(limits):
     def act(history):
-        if len(history.messages) > 3:
+        if len(history.turns) > 1:
             raise KeyboardInterrupt
         return ADD
 
@@ -578,7 +576,7 @@ def test_a_branch_begins_within_the_time_outs():
     first.reset(seed=0, options={"task_id": "0", "split": "train"})
     action = Action(Actor.EXPERT, StopReason.END, text=ADD)
     start = Start(first.snapshot(), Branch("a", 0), (), (), (), True, action)
-    rest = Scripted(lambda history: ADD if len(history.messages) < 3 else STOP)
+    rest = Scripted(lambda history: ADD if len(history.turns) < 3 else STOP)
 
     class Stuck(Watched):
         def restore(self, saved, reseed=None):

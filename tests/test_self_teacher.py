@@ -16,8 +16,8 @@ from opd_agents.config import Lora, Self, load_config
 from opd_agents.errors import AlignmentError, CheckpointError, ConfigError
 from opd_agents.policies.adapters import add_adapter
 from opd_agents.policies.models import load_model, save_checkpoint
-from opd_agents.teachers import HiddenStates, SampledLogprobs, TeacherTopK
-from opd_agents.teachers.base import check_aligned, check_serves
+from opd_agents.teachers import Capability, HiddenStates, SampledLogprobs, TeacherTopK
+from opd_agents.teachers.base import check_acts, check_aligned, check_serves
 from opd_agents.teachers.self_teacher import CopyTeacher, SameModelTeacher, self_teacher
 from opd_agents.trainer import train
 
@@ -322,49 +322,60 @@ def test_a_reference_beside_the_teacher(tiny_teacher: Path, tmp_path: Path) -> N
     assert json.loads((saved / "trainer.json").read_text())["totals"]["teacher_tokens"] > 0
 
 
-# ---- what a teacher must give ----
+# ---- what a teacher must be able to ----
 
 EVERYTHING = frozenset({"full", "student_top_k", "teacher_top_k", "sampled"})
 SERVED = {
-    HiddenStates: EVERYTHING,
-    TeacherTopK: frozenset({"teacher_top_k", "sampled"}),
-    SampledLogprobs: frozenset({"sampled"}),
+    Capability.HIDDEN_STATES: EVERYTHING,
+    Capability.TEACHER_TOP_K: frozenset({"teacher_top_k", "sampled"}),
+    Capability.SAMPLED_LOGPROBS: frozenset({"sampled"}),
 }
 
 
-@pytest.mark.parametrize("signal", SERVED)
+@pytest.mark.parametrize("able", SERVED)
 @pytest.mark.parametrize("need", sorted(EVERYTHING))
-def test_a_signal_serves_what_it_holds(signal: type, need: Any) -> None:
-    if need in SERVED[signal]:
-        check_serves("x", {signal}, {need})
+def test_a_signal_serves_what_it_holds(able: Capability, need: Any) -> None:
+    if need in SERVED[able]:
+        check_serves("x", {able}, {need})
     else:
-        with pytest.raises(ConfigError, match=f"needs of x .*gives {signal.__name__}"):
-            check_serves("x", {signal}, {need})
-    with pytest.raises(ConfigError, match=r"only acts.*rollout.source: teacher"):
-        check_serves("x", set(), {need})
+        with pytest.raises(ConfigError, match=rf"needs of x .*takes the capability .*it has `{able}`\."):
+            check_serves("x", {able}, {need})
+    with pytest.raises(ConfigError, match=r"it has `act`\..*rollout.source: teacher"):
+        check_serves("x", {Capability.ACT}, {need})
     check_serves("x", set(), set())
 
 
-def test_of_several_signals_each_must_serve() -> None:
-    check_serves("x", {HiddenStates, TeacherTopK}, {"teacher_top_k"})
-    with pytest.raises(ConfigError, match="HiddenStates or TeacherTopK"):
-        check_serves("x", {HiddenStates, TeacherTopK}, {"full"})
+def test_of_several_signals_one_that_serves_is_enough() -> None:
+    several = {Capability.SAMPLED_LOGPROBS, Capability.TEACHER_TOP_K, Capability.ACT}
+    check_serves("x", several, {"teacher_top_k", "sampled"})
+    with pytest.raises(ConfigError, match="it has `sampled_logprobs`, `teacher_top_k` and `act`"):
+        check_serves("x", several, {"full"})
+
+
+def test_who_takes_turns_must_be_able_to_act() -> None:
+    check_acts("teacher", {Capability.ACT}, "correction")
+    with pytest.raises(ConfigError, match=r"correction asks teacher .* `act`, but it has `hidden_states`"):
+        check_acts("teacher", {Capability.HIDDEN_STATES}, "correction")
+    with pytest.raises(ConfigError, match="but it has no capability"):
+        check_acts("teacher", set(), "correction")
 
 
 def test_signals_have_a_row_for_each_token() -> None:
     ids, values = torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 2)
-    gives = frozenset(SERVED)
+    can = frozenset(SERVED)
     good = TeacherTopK(ids, values, torch.zeros(3))
-    check_aligned("teacher", good, gives, 3)
+    check_aligned("teacher", good, can, {"teacher_top_k"}, 3)
     for bad in (
         TeacherTopK(ids, values, torch.zeros(2)),
         SampledLogprobs(torch.zeros(2)),
         HiddenStates(torch.zeros(2, 8), lambda x: x),
     ):
         with pytest.raises(AlignmentError, match=r"teacher gave 2 .* for 3 action tokens"):
-            check_aligned("teacher", bad, gives, 3)
+            check_aligned("teacher", bad, can, set(), 3)
     with pytest.raises(AlignmentError, match="gave a TeacherTopK"):
-        check_aligned("teacher", good, frozenset({HiddenStates}), 3)
+        check_aligned("teacher", good, {Capability.HIDDEN_STATES}, set(), 3)
+    with pytest.raises(ConfigError, match="the TeacherTopK that it gave, its full distributions"):
+        check_aligned("teacher", good, can, {"full"}, 3)
 
 
 def test_a_self_teacher_says_which_weights(tmp_path: Path, tiny_teacher: Path) -> None:

@@ -329,7 +329,7 @@ class Writes:
         self.chat, self.texts = chat, texts
 
     def act(self, histories):
-        number = len(histories[0].messages) - 2
+        number = len(histories[0].turns)
         ids = self.chat.tokenizer.encode(self.texts[number], add_special_tokens=False)
         if number == 2:
             return [Action(Actor.STUDENT, StopReason.LENGTH, tuple(ids), (0.0,) * len(ids))]

@@ -27,7 +27,7 @@ from opd_agents.policies.adapters import adapter_off, add_adapter
 from opd_agents.policies.mixture import TokenMixture, log_mixture
 from opd_agents.policies.models import build_model
 from opd_agents.policies.sampler import TransformersSampler
-from opd_agents.teachers import HiddenStates
+from opd_agents.teachers import Capability
 from opd_agents.trainer import train
 from opd_agents.types import Actor
 
@@ -290,7 +290,7 @@ def test_what_cannot_be_mixed_is_refused(tmp_path: Path, tiny_teacher: Path) -> 
 class Elsewhere:
     """A teacher whose distributions are not at hand while a token is drawn."""
 
-    gives = frozenset({HiddenStates})
+    can = frozenset({Capability.HIDDEN_STATES, Capability.ACT})
     greedy = tokens = flops = None
 
     def __init__(self, path: str, chat: Chat, *, dtype: str, temperature: float) -> None:

@@ -25,7 +25,7 @@ from opd_agents.errors import (
 from opd_agents.progress import Interrupted, StopSignal
 from opd_agents.runs import checkpoints_in, latest_checkpoint
 from opd_agents.session import load_session
-from opd_agents.teachers import SampledLogprobs
+from opd_agents.teachers import Capability, SampledLogprobs
 from opd_agents.teachers.local import LocalTeacher
 from opd_agents.trainer import train, train_seeds
 from opd_agents.types import Actor, Credit, Outcome, Trajectory, from_dict, to_dict
@@ -87,7 +87,7 @@ def test_a_step_may_lack_what_the_loss_looks_for(tmp_path: Path, tiny_teacher: P
 class Speechless(LocalTeacher):
     """Gives no token any probability."""
 
-    gives = frozenset({SampledLogprobs})
+    can = frozenset({Capability.SAMPLED_LOGPROBS, Capability.ACT})
 
     def score(self, packed: Any, max_tokens: int, keep: Any = None) -> Any:
         return SampledLogprobs(torch.full((len(packed.target),), -math.inf))
@@ -101,7 +101,7 @@ def test_an_infinite_divergence_stops_the_run(tmp_path: Path, tiny_teacher: Path
         teacher={"kind": "test_trainer:Speechless", "model": str(tiny_teacher)},
     )  # fmt: skip
     with pytest.raises(AlignmentError, match="infinite divergence means a token"):
-        train(config)
+        train(config, probes=False)
 
 
 def test_distillation_lowers_the_divergence(tmp_path: Path, tiny_teacher: Path) -> None:
@@ -233,7 +233,7 @@ def test_repairs_are_told_on_the_failed_parent_and_their_branches_stored(mixed: 
     rows = rows_of(mixed)
     repaired = [row for row in rows if row["repair"] and row["repair"]["accepted"]]
     branches = {
-        tuple(row["trajectory"]["branch"].values()): row for row in rows if row["trajectory"]["branch"]
+        (branch["parent"], branch["turn"]): row for row in rows if (branch := row["trajectory"]["branch"])
     }
     assert repaired
     assert len(branches) == len(repaired)

@@ -50,6 +50,8 @@ EVERY_KIND: list[dict[str, Any]] = [
     {"kind": "trust", "measure": "entropy"},
     {"kind": "trust", "measure": "perplexity"},
     {"kind": "kl_collapse", "floor": 0.9},
+    {"kind": "verbal_score", "at_least": 5},
+    {"kind": "verdict", "skip": 0.25},
 ]
 
 
@@ -73,6 +75,7 @@ def made(**changes: Any) -> WeightInputs:
         TARGET, TURN, EPISODE, SELECTED, -2 * random(4), random(5), {"teacher": teacher},
         group=torch.tensor([0, 0, 1]), success=torch.tensor([False, True, False]),
         counted=torch.tensor([True, True, True]), end_ids=frozenset({2, 3}), token_id=token_id,
+        score=torch.tensor([9.0, 5, 4, 0, math.nan])[TURN % 5], verdict=torch.tensor([0, 1, 2, -1])[TURN % 4],
     )  # fmt: skip
     return dataclasses.replace(inputs, **changes)
 
@@ -288,8 +291,9 @@ def test_an_unknown_reference_is_refused() -> None:
 
 
 def reads_the_reference(fields: dict[str, Any]) -> bool:
-    """All but the kinds by outcome, place and token, the student's own terms and the rank."""
+    """All but the kinds by outcome, judge, place and token, the student's own terms and the rank."""
     others = {"outcome", "group_failed", "pass_rate", "without_tokens", "prefix", "accepted"}
+    others |= {"verbal_score", "verdict"}
     own = fields.get("score") == "entropy" or (fields["kind"] == "perplexity" and "of" not in fields)
     return fields["kind"] not in others and not own
 

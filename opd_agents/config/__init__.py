@@ -1,6 +1,7 @@
 """The typed configuration of a run: YAML in, frozen pydantic models out, unknown keys refused."""
 
 from opd_agents.config.base import Adaptive, Schedule, Scheduled, Section, SignedScheduled
+from opd_agents.config.endpoint import Endpoint
 from opd_agents.config.loading import (
     EXPERIMENTS,
     absolute_inputs,
@@ -22,7 +23,7 @@ from opd_agents.config.loss import (
     Select,
 )
 from opd_agents.config.methods import list_methods, method_text
-from opd_agents.config.needs import Need, reference_needs
+from opd_agents.config.needs import Need, reference_needs, reference_top_k
 from opd_agents.config.run import RunConfig
 from opd_agents.config.sections import (
     ChatSettings,
@@ -32,13 +33,30 @@ from opd_agents.config.sections import (
     Lora,
     Recorded,
     Student,
+    Trajectories,
 )
-from opd_agents.config.teachers import Conditioning, Local, PlugIn, Self, Teacher, conditioning_of
+from opd_agents.config.serving import Server, VllmSampling
+from opd_agents.config.teachers import (
+    Api,
+    Cached,
+    Conditioning,
+    Ensemble,
+    Local,
+    PlugIn,
+    Self,
+    Single,
+    Teacher,
+    Vllm,
+    conditioning_of,
+    sections_in,
+)
 from opd_agents.config.weights import Weight
 
 __all__ = [
     "EXPERIMENTS",
     "Adaptive",
+    "Api",
+    "Cached",
     "ChatSettings",
     "Component",
     "Conditioning",
@@ -46,6 +64,8 @@ __all__ = [
     "CrossEntropy",
     "Demonstrations",
     "Distill",
+    "Endpoint",
+    "Ensemble",
     "Entropy",
     "EnvironmentSource",
     "Local",
@@ -64,9 +84,14 @@ __all__ = [
     "Section",
     "Select",
     "Self",
+    "Server",
     "SignedScheduled",
+    "Single",
     "Student",
     "Teacher",
+    "Trajectories",
+    "Vllm",
+    "VllmSampling",
     "Weight",
     "absolute_inputs",
     "conditioning_of",
@@ -77,4 +102,6 @@ __all__ = [
     "parse_overrides",
     "read_yaml",
     "reference_needs",
+    "reference_top_k",
+    "sections_in",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -14,11 +15,12 @@ class Section(BaseModel):
 
 
 class Ramp(Section):
-    """From ``start`` to ``end`` as the run's progress goes 0 to 1."""
+    """From ``start`` to ``end`` as the run's progress goes from 0 to ``until``, where it stays."""
 
     kind: Literal["linear", "cosine"]
     start: float = Field(ge=0)
     end: float = Field(ge=0)
+    until: float = Field(1.0, gt=0, le=1)
 
 
 class Switch(Section):
@@ -73,3 +75,25 @@ def lowest(schedule: float | Schedule) -> float:
             return min(schedule.start, schedule.end)
         case constant:
             return constant
+
+
+def all_zero_somewhere(schedules: Iterable[float | Schedule]) -> bool:
+    """Whether at some point of a run all of them are 0."""
+    parts = list(schedules)
+    places = {0.0, 1.0}  # and where one jumps or stops: between two of these none begins or ceases to be 0
+    places |= {one.at for one in parts if isinstance(one, Switch)}
+    places |= {one.until for one in parts if isinstance(one, Ramp)}
+    return any(all(_zero_at(one, place) for one in parts) for place in places)
+
+
+def _zero_at(schedule: float | Schedule, progress: float) -> bool:
+    match schedule:
+        case Adaptive():
+            return False
+        case Switch():
+            return (schedule.start if progress < schedule.at else schedule.end) == 0
+        case Ramp():
+            ended, begun = progress >= schedule.until, progress > 0
+            return (ended or schedule.start == 0) and (not begun or schedule.end == 0)
+        case constant:
+            return constant == 0

@@ -24,7 +24,7 @@ from opd_agents.config.methods import method_text
 from opd_agents.config.run import RunConfig
 from opd_agents.errors import ConfigError, UnknownName
 
-INPUTS = ("model", "tokenizer", "dataset", "tasks")  # keys whose values are paths, or ids
+INPUTS = ("model", "tokenizer", "dataset", "tasks", "trajectories")  # keys whose values are paths, or ids
 TYPE = re.compile(r"constrained-\w+|float|[\w-]*\[.*\]")  # as pydantic calls one of several in a place
 EXPERIMENTS = importlib.resources.files("opd_agents.configs.experiments")
 

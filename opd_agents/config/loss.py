@@ -7,9 +7,9 @@ Every published method is a combination of these (`configs/methods/*.yaml`); the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from opd_agents.config.base import PLUG_IN, Scheduled, Section, SignedScheduled
 from opd_agents.config.weights import LikelihoodShift, Weight
@@ -45,10 +45,11 @@ def _check_signless(key: str, weights: Sequence[Weight]) -> None:
 
 
 class Select(Section):
-    """Which action tokens a component sees; an empty field selects all."""
+    """Which action tokens a component sees; an empty field selects all, but for alternatives, which are seen
+    only where ``source`` names them."""
 
     actor: Actor | None = None
-    source: Literal["rollout", "correction", "demonstration"] | None = None
+    source: Literal["rollout", "correction", "demonstration", "alternative"] | None = None
     outcome: Outcome | list[Outcome] | None = None
     spans: list[SpanKind] | None = None
 
@@ -181,9 +182,15 @@ class ReferencePart(Section):
 
 
 class RewardPart(Section):
-    """One part of an advantage from an episode's reward: ``coef * gates * (r - baseline) / scale``."""
+    """One part of an advantage from a reward: ``coef * gates * (r - baseline) / scale``.
+
+    The reward is the environment's, a ``reward`` of yours, or the judge's score from 0 (0.0) to 9 (1.0):
+    ``verbal: episode`` gives all of an episode its score, or the mean of those of its actions; ``verbal:
+    action`` compares all actions of a group, each by its own. What has no score has no advantage.
+    """
 
     reward: PlugIn | None = None  # instead of the environment's
+    verbal: Literal["episode", "action"] | None = None  # the judge's instead of the environment's
     coef: SignedScheduled = 1.0
     baseline: Literal["group", "leave_one_out", "none"] = "group"
     normalise: Literal["std", "batch_std", "none"] = "std"
@@ -197,6 +204,8 @@ class RewardPart(Section):
                 "`normalise` divides by the spread of rewards, which is 0 where they agree: with `baseline:"
                 " none` say `normalise: none`"
             )
+        if self.reward is not None and self.verbal is not None:
+            raise ValueError("`reward` and `verbal` are two rewards: give each a part of its own")
         return self
 
 
@@ -256,11 +265,13 @@ class Entropy(_Component):
 
 
 class Preference(_Component):
-    """A loss on pairs of episodes of one group: those that ``chosen`` selects against those that ``rejected``
-    does. See `opd_agents.objectives.preference`."""
+    """A loss on pairs: what ``chosen`` selects against what ``rejected`` does, of ``episodes`` of one group,
+    or of two ``actions`` at one state, the student's and that of `rollout.alternatives`. See
+    `opd_agents.objectives.preference`."""
 
     kind: Literal["preference"]
     form: Literal["dpo", "spin", "orpo"]
+    pairs: Literal["episodes", "actions"] = "episodes"
     beta: float | None = Field(None, gt=0)  # of dpo and spin
     reference: str | None = None  # of dpo and spin: one of `references`
     chosen: Select
@@ -274,6 +285,11 @@ class Preference(_Component):
             raise ValueError("a `preference` counts pairs: take `chosen` and `rejected`, without weights")
         if "correction" in (self.chosen.source, self.rejected.source):
             raise ValueError("`source: correction`: accepted repairs are of no group and so in no pair")
+        if (self.pairs == "actions") != (self.chosen.source == "alternative"):
+            raise ValueError(
+                "`pairs: actions` goes with `chosen: {source: alternative}`: what another did at the"
+                " student's states"
+            )
         return self
 
 
@@ -283,8 +299,15 @@ Component: TypeAlias = Annotated[
 
 
 class Loss(Section):
+    """What is minimised: the sum of ``components``. One that is null is none: so a preset's is taken out."""
+
     components: dict[str, Component] = {}
     both_kl_legs: bool = False  # one reference both in an advantage and in a divergence, on purpose
+
+    @field_validator("components", mode="before")
+    @classmethod
+    def _without_null(cls, given: Any) -> Any:
+        return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _one_leg(self) -> Loss:

@@ -34,6 +34,15 @@ def reference_needs(components: Mapping[str, Component]) -> dict[str, frozenset[
     return {reference: frozenset(needs) for reference, needs in found.items()}
 
 
+def reference_top_k(components: Mapping[str, Component]) -> dict[str, int]:
+    """The largest k of the teacher top k that the components take of each reference."""
+    found: dict[str, int] = {}
+    for component in components.values():
+        if isinstance(component, Distill) and component.signal == "teacher_top_k" and component.k:
+            found[component.reference] = max(component.k, found.get(component.reference, 0))
+    return found
+
+
 def weights_of(component: Component) -> Iterator[Weight]:
     """The weights of a component and the gates of its parts."""
     yield from component.weights

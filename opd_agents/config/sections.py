@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from opd_agents.config.base import Scheduled, Section, lowest
+from opd_agents.config.base import Scheduled, Section, all_zero_somewhere, lowest
 
 
 class Build(Section):
@@ -35,10 +35,6 @@ class Student(Section):
     build: Build | None = None
     lora: Lora | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
-
-
-class Sampler(Section):
-    kind: Literal["transformers"] = "transformers"
 
 
 class ChatSettings(Section):
@@ -72,21 +68,51 @@ class Recorded(Section):
     student: float = Field(0.0, ge=0, lt=1)
 
 
+class Trajectories(Section):
+    """The student's own episodes of before the run, as `opd-agents rollout --out` writes them to the file
+    ``trajectories``, with their token ids and log-probs, in epochs of new order. The student must begin as
+    the policy that played them."""
+
+    trajectories: str
+
+
 Source: TypeAlias = Literal["student", "teacher", "expert"]
 
 
 class Demonstrations(Section):
-    """Further episodes of each group, acted by another: ``always``, or only where all of it failed."""
+    """Further episodes of each group, acted by another: ``always``, or only where all of it failed
+    (``group_failed``); or one in the place of each of the student's that the judge scores below ``at_least``
+    (``rejected``; OVD, arXiv 2601.21968), which then stays on record and out of the loss."""
 
     actor: Literal["teacher", "expert"] = "teacher"
-    per_group: int = Field(1, gt=0)
-    when: Literal["always", "group_failed"] = "always"
+    per_group: int = Field(1, gt=0)  # not of `rejected`
+    when: Literal["always", "group_failed", "rejected"] = "always"
+    at_least: int | None = Field(None, ge=1, le=9)  # of `rejected`
+
+    @model_validator(mode="after")
+    def _rejection_fits(self) -> Demonstrations:
+        if (self.at_least is not None) != (self.when == "rejected"):
+            raise ValueError("`at_least` is needed with `when: rejected`, and only there")
+        if self.when == "rejected" and self.per_group != 1:
+            raise ValueError(
+                "`when: rejected` puts one demonstration in the place of one episode: per_group 1"
+            )
+        return self
+
+
+class Alternatives(Section):
+    """What another would do at ``states`` of the student's, drawn anew in every step from its turns: for a
+    `preference` with `pairs: actions`. Each is restored, shown, and left; nothing is carried out."""
+
+    actor: Literal["teacher", "expert"] = "teacher"
+    states: int = Field(16, gt=0)
 
 
 class Rollout(Section):
-    """Where experience comes from. ``source``: one actor, a mixture drawn per turn, or recordings."""
+    """Where experience comes from. ``source``: one actor, a mixture drawn per turn, or recordings. The shares
+    of a mixture may be schedules; they are divided by their sum."""
 
-    source: Source | Recorded | dict[Source, float] = "student"
+    source: Source | Recorded | Trajectories | dict[Source, Scheduled] = "student"
     episodes_per_step: int = Field(32, gt=0)
     group_size: int = Field(1, gt=0)
     max_turns: int | None = Field(None, gt=0)  # on top of the environment's own limit
@@ -100,14 +126,23 @@ class Rollout(Section):
     max_action_tokens: Scheduled | None = None  # of an episode, which then ends unfinished
     teacher_share: float = Field(0.0, ge=0, lt=1)  # of the teacher in each token's distribution
     demonstrations: Demonstrations | None = None
+    alternatives: Alternatives | None = None
     redraws: int = Field(0, ge=0)  # times that groups of equal rewards are replaced by fresh ones (DAPO)
 
     @property
     def actors(self) -> set[Source]:
         """Who acts in environments: nobody where all experience is recorded."""
-        if isinstance(self.source, Recorded):
-            return {"student"} if self.source.student else set()
+        match self.source:
+            case Recorded(student=share):
+                return {"student"} if share else set()
+            case Trajectories():
+                return set()
         return {self.source} if isinstance(self.source, str) else set(self.source)
+
+    @property
+    def writers(self) -> set[Source]:
+        """Who wrote the experience, now or before the run, but for the authors of a corpus."""
+        return {"student"} if isinstance(self.source, Trajectories) else self.actors
 
     @model_validator(mode="after")
     def _playable(self) -> Rollout:
@@ -117,13 +152,24 @@ class Rollout(Section):
             )
         if self.max_action_tokens is not None and lowest(self.max_action_tokens) < 1:
             raise ValueError("`max_action_tokens` falls below 1, which leaves no room for an action")
+        if isinstance(self.source, dict) and all_zero_somewhere(self.source.values()):
+            raise ValueError("`source`: at some point of the run all shares are 0, and nobody would act")
         return self
+
+
+class Proposal(Section):
+    """Who says which action was the earliest error, and what should have been done: the ``teacher`` by its
+    log-prob of the action and by acting there, or the ``judge`` in words, of which nothing may come from
+    elsewhere than the student's own history (see `opd_agents.judging.leaks`)."""
+
+    by: Literal["teacher", "judge"] = "teacher"
+    below: float = Field(-2.3, lt=0)  # of a teacher: its log-prob of the action (nats) that marks an error
 
 
 class Correction(Section):
     """Earliest-error correction at the action level (after SCoRe, 2509.14257), verified by re-rollouts."""
 
-    propose_below: float = Field(-2.3, lt=0)  # teacher's log-prob of the action (nats) that marks an error
+    propose: Proposal = Proposal()
     episodes_per_step: int = Field(8, gt=0)
     trials: int = Field(4, gt=0)  # fresh student re-rollouts per arm (after the repair; after the own action)
     min_gain: float = Field(0.5, gt=0, le=1)  # success rate gained by the repair for it to be accepted

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from opd_agents.config.base import PLUG_IN, Section
+from opd_agents.config.endpoint import Endpoint
+from opd_agents.config.serving import Server
+
+OWN = "module:name"
+
+
+def kind_of(given: Any) -> str:
+    """The kind of a section that is yet to be read, or of one that has been."""
+    kind = str(given.get("kind", "local") if isinstance(given, dict) else given.kind)
+    return OWN if ":" in kind else kind
 
 
 class Conditioning(Section):
@@ -61,6 +72,51 @@ class Self(Section):
         return self
 
 
+class Api(Section):
+    """A model behind an ``endpoint``. It sees the conversation as text and answers with text or tool calls,
+    so it acts and judges; ``system`` replaces the environment's system prompt, for it alone. At a
+    ``temperature`` of 0 a state has one answer, at others each episode draws its own."""
+
+    kind: Literal["api"]
+    model: str
+    endpoint: Endpoint = Endpoint()
+    temperature: float = Field(0.0, ge=0)
+    max_tokens: int = Field(1024, gt=0)  # of one answer
+    system: str | None = None
+
+
+class Vllm(Server):
+    """The checkpoint ``model`` on vLLM servers: it gives log-probs, at temperature 1, and acts. Its tokenizer
+    and its template are read here."""
+
+    kind: Literal["vllm"]
+    model: str
+    conditioning: Conditioning | None = None
+
+
+Asked: TypeAlias = Annotated[
+    Annotated[Local, Tag("local")] | Annotated[Vllm, Tag("vllm")], Discriminator(kind_of)
+]
+
+
+class Cached(Section):
+    """Log-probs that were taken once and are kept in the folder ``cache``, for experience that does not
+    change (`rollout.source`: a file). What it lacks is asked ``of`` another teacher before the run; without
+    one it must be whole."""
+
+    kind: Literal["cached"]
+    cache: str
+    of: Asked | None = None
+
+    @model_validator(mode="after")
+    def _unconditioned(self) -> Cached:
+        if self.of is not None and self.of.conditioning is not None:
+            raise ValueError(
+                "`of.conditioning`: a cache holds what a teacher says of the student's own prompts"
+            )
+        return self
+
+
 class PlugIn(Section):
     """A class of yours, made with ``options``."""
 
@@ -70,21 +126,80 @@ class PlugIn(Section):
     options: dict[str, Any] = {}
 
 
-OWN = "module:name"
-
-
-def kind_of(given: Any) -> str:
-    """The kind of a section that is yet to be read, or of one that has been."""
-    kind = str(given.get("kind", "local") if isinstance(given, dict) else given.kind)
-    return OWN if ":" in kind else kind
-
-
-Teacher: TypeAlias = Annotated[
-    Annotated[Local, Tag("local")] | Annotated[Self, Tag("self")] | Annotated[PlugIn, Tag(OWN)],
+Member: TypeAlias = Annotated[
+    Annotated[Cached, Tag("cached")]
+    | Annotated[Local, Tag("local")]
+    | Annotated[Self, Tag("self")]
+    | Annotated[Vllm, Tag("vllm")]
+    | Annotated[PlugIn, Tag(OWN)],
     Discriminator(kind_of),
 ]
 
 
+Weights: TypeAlias = dict[str, Annotated[float, Field(ge=0)]]
+
+
+class Route(Section):
+    """Episodes that get other ``weights``: of environments and tasks whose ids match the patterns, in which
+    `*` stands for anything."""
+
+    environment: str = "*"
+    task: str = "*"
+    weights: Weights
+
+
+class Ensemble(Section):
+    """Several teachers, by name: the mixture of their distributions, sum_i w_i p_i. Their ``weights`` (null:
+    equal ones; divided by their sum) are those of the first of the ``routes`` that an episode matches, where
+    there is one. Who has no weight in an episode is not asked."""
+
+    kind: Literal["ensemble"]
+    members: dict[str, Member] = Field(min_length=2)
+    weights: Weights | None = None
+    routes: list[Route] = []
+
+    @model_validator(mode="after")
+    def _weighed(self) -> Ensemble:
+        places = {f"routes[{index}].weights": route.weights for index, route in enumerate(self.routes)}
+        if self.weights is not None:
+            places = {"weights": self.weights} | places
+        for place, weights in places.items():
+            if unknown := weights.keys() - self.members.keys():
+                raise ValueError(f"`{place}` names {min(unknown)}, and `members` has no such")
+            if not sum(weights.values()):
+                raise ValueError(f"`{place}` are all 0: nobody would teach")
+        asked = {name for weights in places.values() for name, weight in weights.items() if weight}
+        if self.weights is not None and (idle := self.members.keys() - asked):
+            raise ValueError(f"`members.{min(idle)}` has no weight anywhere; give it one, or take it out")
+        return self
+
+
+Teacher: TypeAlias = Annotated[
+    Annotated[Api, Tag("api")]
+    | Annotated[Cached, Tag("cached")]
+    | Annotated[Ensemble, Tag("ensemble")]
+    | Annotated[Local, Tag("local")]
+    | Annotated[Self, Tag("self")]
+    | Annotated[Vllm, Tag("vllm")]
+    | Annotated[PlugIn, Tag(OWN)],
+    Discriminator(kind_of),
+]
+
+
+Single: TypeAlias = Api | Cached | Local | Self | Vllm | PlugIn
+"""One teacher."""
+
+
+def sections_in(place: str, teacher: Teacher) -> Iterator[tuple[str, Teacher]]:
+    """This section and those within it, each with its place in the config."""
+    yield place, teacher
+    if isinstance(teacher, Cached) and teacher.of is not None:
+        yield f"{place}.of", teacher.of
+    if isinstance(teacher, Ensemble):
+        for name, member in teacher.members.items():
+            yield from sections_in(f"{place}.members.{name}", member)
+
+
 def conditioning_of(teacher: Teacher | None) -> Conditioning | None:
     """What this teacher is told, of the kinds that can be told anything."""
-    return teacher.conditioning if isinstance(teacher, Local | Self) else None
+    return teacher.conditioning if isinstance(teacher, Local | Self | Vllm) else None

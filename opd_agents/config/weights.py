@@ -158,6 +158,32 @@ class KLCollapse(Section):
     reference: str = "teacher"
 
 
+class VerbalScore(Section):
+    """1 on actions that the judge's score is ``at_least`` so much of, 0 on others. An action without a score
+    of its own has its episode's; one without either, as where the judge failed, has ``unjudged``."""
+
+    kind: Literal["verbal_score"]
+    at_least: int = Field(ge=1, le=9)
+    unjudged: float = Field(1.0, ge=0)
+
+
+class VerdictWeight(Section):
+    """By the judge's verdict on the action, or else on its episode (SAGE-OPD, arXiv 2606.19659); without one,
+    as where the judge failed, ``unjudged``."""
+
+    kind: Literal["verdict"]
+    skip: float = Field(0.0, ge=0)
+    weak: float = Field(0.5, ge=0)
+    strong: float = Field(1.0, ge=0)
+    unjudged: float = Field(1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _not_nothing(self) -> VerdictWeight:
+        if self.skip == self.weak == self.strong == 0:
+            raise ValueError("`skip`, `weak` and `strong` are all 0, which leaves no token at all")
+        return self
+
+
 Weight: TypeAlias = Annotated[
     OutcomeWeight
     | GroupFailed
@@ -173,6 +199,8 @@ Weight: TypeAlias = Annotated[
     | TurnDivergence
     | TurnDisagreement
     | Trust
-    | KLCollapse,
+    | KLCollapse
+    | VerbalScore
+    | VerdictWeight,
     Field(discriminator="kind"),
 ]

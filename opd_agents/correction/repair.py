@@ -1,17 +1,15 @@
 """First form of earliest-error correction (after SCoRe, arXiv 2509.14257), with evidence.
 
-For a failed episode the earliest action that the teacher finds improbable is proposed. The environment is
-restored to the state before it (replayed and checked by digest, so the error has not happened yet); the
-teacher replaces that one action, executed for real; the student resumes. The repair is accepted if fresh
-student re-rollouts succeed more often after it than after the student's own action from the same state. The
-failed episode itself is no evidence.
+For a failed episode the earliest action that the teacher finds improbable is proposed, or the one that a
+judge names. The environment is restored to the state before it (replayed and checked by digest, so the error
+has not happened yet); what the teacher does there, or the judge proposes, replaces that one action, executed
+for real; the student resumes. The repair is accepted if fresh student re-rollouts succeed more often after it
+than after the student's own action from the same state. The failed episode itself is no evidence.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,14 +21,13 @@ from torch import Tensor
 from opd_agents.batch import Packed
 from opd_agents.chat import Chat
 from opd_agents.config import Correction
+from opd_agents.correction.states import Acted, Place, act_at
 from opd_agents.distributed import ALONE, World
 from opd_agents.envs import AgentEnv, Snapshot
-from opd_agents.episode import Episode, Limits, Start, segment_ids
-from opd_agents.errors import NotForkable, ReplayDivergence
-from opd_agents.hosting import Host
+from opd_agents.episode import Episode, Limits, Start
 from opd_agents.policies.base import Action, History, Policy
 from opd_agents.rollout import rollout
-from opd_agents.types import Branch, Outcome, StopReason, Task, Trajectory, Turn
+from opd_agents.types import Actor, Branch, Outcome, StopReason, Task, Trajectory, Turn
 
 FIRST_BRANCH = 2**20  # stream numbers of branches, out of the way of the step's episodes
 
@@ -60,9 +57,7 @@ class _Proposal:
 
 
 def correct(
-    trajectories: Sequence[Trajectory],
-    packed: Packed,
-    teacher_logprob: Tensor,
+    errors: Sequence[Place],
     settings: Correction,
     *,
     stream: tuple[int, int],
@@ -75,12 +70,11 @@ def correct(
     temperature: float,
     world: World = ALONE,
 ) -> list[Repair]:
-    """Repairs of up to ``settings.episodes_per_step`` failed episodes in ``token_budget`` generated tokens.
+    """Repairs of up to ``settings.episodes_per_step`` of the ``errors`` in ``token_budget`` generated tokens.
 
-    ``teacher_logprob`` [N] belongs to ``packed``; ``stream`` is (seed, step). No-op repairs are refused. Of
-    several processes each proposes and verifies its share, and all get all repairs.
+    ``stream`` is (seed, step). No-op repairs are refused. Of several processes each proposes and verifies its
+    share, and all get all repairs.
     """
-    errors = _earliest_errors(trajectories, packed, teacher_logprob, settings.propose_below)
     random = np.random.Generator(np.random.Philox(key=list(stream), counter=[0, 0, 1, 2**63]))
     chosen: list[tuple[Trajectory, int]] = []
     for index in random.permutation(len(errors)).tolist():
@@ -92,7 +86,10 @@ def correct(
     live: dict[int, _Proposal] = {}  # this process's: an environment stays where it was made
 
     def propose(places: Sequence[int]) -> list[bool]:
-        proposals = _propose([chosen[place] for place in places], teacher, make, chat, limits)
+        states, streams = [chosen[place] for place in places], [(0, 0, 0)] * len(places)
+        proposals = act_at(
+            states, teacher, _proposal, make=make, chat=chat, limits=limits, streams=streams
+        )  # fmt: skip
         live.update((place, p) for place, p in zip(places, proposals, strict=True) if p is not None)
         return [proposal is not None for proposal in proposals]
 
@@ -126,18 +123,35 @@ def _verify(
     return [_judge(proposal, repaired, own, settings.min_gain) for proposal, repaired, own in judged]
 
 
-def _earliest_errors(
+def earliest_errors(
     trajectories: Sequence[Trajectory], packed: Packed, teacher_logprob: Tensor, below: float
-) -> list[tuple[Trajectory, int]]:
-    """(failed trajectory, its first turn to which the teacher gives a log-prob under ``below``)."""
+) -> list[Place]:
+    """(failed trajectory, its first turn to which the teacher gives a log-prob under ``below``);
+    ``teacher_logprob`` [N] belongs to ``packed``."""
     found: dict[int, int] = {}
     for (episode, turn), value in zip(packed.turns, packed.per_turn(teacher_logprob).tolist(), strict=True):
-        trajectory = trajectories[episode]
-        played = not (trajectory.recorded or trajectory.demonstration)
-        failed = trajectory.outcome in (Outcome.FAILURE, Outcome.UNFINISHED) and played
-        if failed and value < below:
+        if may_be_repaired(trajectories[episode]) and value < below:
             found.setdefault(episode, turn)
     return [(trajectories[episode], turn) for episode, turn in sorted(found.items())]
+
+
+def may_be_repaired(trajectory: Trajectory) -> bool:
+    """A failed episode of the rollout."""
+    played = not (trajectory.recorded or trajectory.demonstration or trajectory.branch)
+    return trajectory.outcome in (Outcome.FAILURE, Outcome.UNFINISHED) and played
+
+
+@dataclass(frozen=True, slots=True)
+class Proposed:
+    """Says at each state what was proposed for it, ``texts`` by episode."""
+
+    texts: Mapping[str, str]
+
+    def act(self, histories: Sequence[History]) -> list[Action]:
+        return [
+            Action(Actor.TEACHER, StopReason.NOT_SAMPLED, text=self.texts[history.uid])
+            for history in histories
+        ]
 
 
 def _expected_tokens(parent: Trajectory, turn: int, trials: int) -> int:
@@ -146,99 +160,12 @@ def _expected_tokens(parent: Trajectory, turn: int, trials: int) -> int:
     return 2 * trials * rest
 
 
-def _propose(
-    chosen: Sequence[tuple[Trajectory, int]],
-    teacher: Policy,
-    make: Callable[..., AgentEnv],
-    chat: Chat,
-    limits: Limits,
-) -> list[_Proposal | None]:
-    """Restore each state and let the teacher act in it; None for a repair that would change nothing, and
-    where the environment fails."""
-    size = limits.max_live or len(chosen)
-    if len(chosen) > size:
-        parts = [chosen[start : start + size] for start in range(0, len(chosen), size)]
-        return [one for part in parts for one in _propose(part, teacher, make, chat, limits)]
-    hosts = [_restored(parent, turn, make, limits) for parent, turn in chosen]
-    try:
-        histories = [
-            History(parent.uid, (0, 0, 0), _ids_before(parent, turn), parent.messages, most, host.env)
-            for (parent, turn), host in zip(chosen, hosts, strict=True)
-            if host is not None and host.env is not None
-            for most in [min(limits.max_tokens_per_turn, limits.action_room(parent.turns[:turn]))]
-        ]
-        acted = iter(zip(histories, teacher.act(histories), strict=True) if histories else ())
-        return [
-            None if host is None else _proposal(parent, turn, host, *next(acted), chat)
-            for (parent, turn), host in zip(chosen, hosts, strict=True)
-        ]
-    finally:
-        for host in filter(None, hosts):
-            with contextlib.suppress(Exception, SystemExit):
-                host.close()
-
-
-def _restored(parent: Trajectory, turn: int, make: Callable[..., AgentEnv], limits: Limits) -> Host | None:
-    """The environment in the state before ``turn``; None, with a warning, where it fails."""
-    seconds = limits.episode_timeout or (limits.step_timeout and limits.step_timeout * (turn + 1))
-    host = Host(None, seconds)
-    try:
-        env = host.make(lambda: make(parent.env_id, **parent.env_kwargs))
-        host.call(lambda: _replay(parent, turn, env))
-    except BaseException as error:
-        host.leave()
-        _may_fail(error, parent)
+def _proposal(acted: Acted) -> _Proposal | None:
+    """None for a repair that would change nothing."""
+    if acted.same or acted.host.env is None:
         return None
-    return host
-
-
-def _proposal(
-    parent: Trajectory, turn: int, host: Host, history: History, action: Action, chat: Chat
-) -> _Proposal | None:
-    env = history.env
-    text = chat.parse(
-        action.ids, ended=True, context_ids=history.ids, tools=env.tools, text_only=env.text_only
-    ).action
-    if action.stop_reason is not StopReason.END or text == parent.turns[turn].action:
-        return None
-    try:
-        return _Proposal(parent, turn, host.call(env.snapshot), action, text)
-    except Exception as error:
-        _may_fail(error, parent)
-        return None
-
-
-def _may_fail(error: BaseException, parent: Trajectory) -> None:
-    """What an environment does ends no run, unless it is one that cannot be corrected at all."""
-    if isinstance(error, ReplayDivergence | NotForkable) or not isinstance(error, Exception | SystemExit):
-        raise error
-    problem = f"{type(error).__name__}: {error}"
-    warnings.warn(f"{parent.uid}: no correction, its environment failed: {problem}", stacklevel=2)
-
-
-def restore(parent: Trajectory, turn: int, make: Callable[..., AgentEnv]) -> AgentEnv:
-    """A live environment in the state before ``turn``, by verified replay.
-
-    Raises ReplayDivergence where a recorded digest is not met.
-    """
-    env = make(parent.env_id, **parent.env_kwargs)
-    _replay(parent, turn, env)
-    return env
-
-
-def _replay(parent: Trajectory, turn: int, env: AgentEnv) -> None:
-    env.reset(seed=parent.seed, options={"task_id": parent.task.id, "split": parent.task.split})
-    if env.state_digest() != parent.turns[0].state_digest:
-        raise ReplayDivergence(
-            f"{parent.uid}: resetting {parent.env_id} to {parent.task} gave another state than before."
-        )
-    actions = [t.action for t in parent.turns[:turn]]
-    env.replay(actions, [t.state_digest for t in parent.turns[1 : turn + 1]])
-
-
-def _ids_before(parent: Trajectory, turn: int) -> tuple[int, ...]:
-    past = () if parent.turns[turn].starts_segment else segment_ids(parent.turns[:turn])
-    return past + parent.turns[turn].context_ids
+    saved = acted.host.call(acted.host.env.snapshot)
+    return _Proposal(acted.parent, acted.turn, saved, acted.action, acted.said.to_env)
 
 
 def _branch_episode(

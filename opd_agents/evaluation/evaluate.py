@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opd_agents import envs
 from opd_agents.chat import Chat
-from opd_agents.config import EnvironmentSource
+from opd_agents.config import Endpoint, EnvironmentSource
 from opd_agents.distributed import ALONE, World
 from opd_agents.episode import Episode, Limits
 from opd_agents.errors import UnknownName, UserError
@@ -24,25 +24,37 @@ from opd_agents.runs import latest_checkpoint, trajectory_row, write_whole
 from opd_agents.tasks import split_sizes
 from opd_agents.types import Actor, Task, Trajectory, to_json
 
+if TYPE_CHECKING:
+    from opd_agents.api import ApiClient
+
 SCRIPTED: dict[str, Callable[[], Policy]] = {"expert": ExpertPolicy, "random": RandomPolicy}
+DEFAULT = Endpoint()  # where the environment's variables say
+ANSWERS = "answers.sqlite"
+API = "api:"  # before the name of a model behind an endpoint
 
 
 @dataclass(frozen=True, slots=True)
 class Contestant:
-    """A policy under evaluation; ``chat`` is None for one that does not sample tokens."""
+    """A policy under evaluation; ``chat`` is None for one that does not sample tokens, ``client`` is that
+    of a model behind an API."""
 
     name: str
     sampled: Policy
     greedy: Policy
     chat: Chat | None
+    client: ApiClient | None = None
 
 
-def load_contestant(name: str, temperature: float) -> Contestant:
-    """``expert``, ``random``, a checkpoint directory, or a run folder (its newest checkpoint); a model acts
-    in the dtype of its weights."""
+def load_contestant(
+    name: str, temperature: float, endpoint: Endpoint = DEFAULT, store: Path | None = None
+) -> Contestant:
+    """``expert``, ``random``, ``api:MODEL`` (at ``endpoint``, its answers kept in ``store``), a checkpoint
+    directory, or a run folder (its newest checkpoint); a model acts in the dtype of its weights."""
     if name in SCRIPTED:
         policy = SCRIPTED[name]()
         return Contestant(name, policy, policy, None)
+    if name.startswith(API):
+        return _api_contestant(name, temperature, endpoint, store)
     if not Path(name).exists():
         raise UnknownName("policy", name, SCRIPTED, "opd-agents evaluate --help")
     from opd_agents.policies.models import fit_vocabulary, load_chat, load_model, load_tokenizer, saved_dtype
@@ -52,6 +64,15 @@ def load_contestant(name: str, temperature: float) -> Contestant:
     model = load_model(path, saved_dtype(Path(path)) or "float32")
     fit_vocabulary(model, tokenizer, path)
     return model_contestant(name, model, load_chat(path, tokenizer), temperature, Actor.STUDENT)
+
+
+def _api_contestant(name: str, temperature: float, endpoint: Endpoint, store: Path | None) -> Contestant:
+    from opd_agents.api import ApiClient
+    from opd_agents.policies.api import ApiPolicy
+
+    client = ApiClient(name.removeprefix(API), endpoint, store=store)
+    sampled, greedy = (ApiPolicy(client, actor=Actor.STUDENT, temperature=t) for t in (temperature, 0.0))
+    return Contestant(name, sampled, greedy, None, client)
 
 
 def model_contestant(name: str, model: Any, chat: Chat, temperature: float, actor: Actor) -> Contestant:
@@ -94,19 +115,23 @@ def evaluate(
     split: str = "test",
     seed: int = 0,
     options: Mapping[str, Any] = MappingProxyType({}),
+    endpoint: Endpoint = DEFAULT,
 ) -> dict[str, Any]:
     """Evaluate ``policies`` on the test tasks of a suite, or of an environment made with ``options``; the
     command line's ``evaluate``.
 
-    With ``out`` the figures and all trajectories are written there. Raises UserError for unknown names
-    before anything runs.
+    With ``out`` the figures and all trajectories are written there, and the answers of models at ``endpoint``
+    (``api:MODEL``), which are then paid for once. Raises UserError for unknown names before anything runs.
     """
     loaded = load_suite(suite, options)
-    contestants = [load_contestant(name, loaded.temperature) for name in policies]
+    store = Path(out) / ANSWERS if out is not None else None
+    contestants = [load_contestant(name, loaded.temperature, endpoint, store) for name in policies]
     rows = []
     for contestant in contestants:
         sampled, greedy = run_suite(contestant, loaded, split=split, limit=limit, seed=seed)
         rows.append({"policy": contestant.name} | summarise(sampled, greedy))
+        if contestant.client is not None:
+            rows[-1]["api"] = {key: value for key, value in contestant.client.counts.items() if value}
         if out is not None:
             folder = Path(out)
             folder.mkdir(parents=True, exist_ok=True)
@@ -128,9 +153,10 @@ def play(
     split: str = "train",
     options: Mapping[str, Any] = MappingProxyType({}),
     watch: Callable[[Trajectory], None] | None = None,
+    endpoint: Endpoint = DEFAULT,
 ) -> list[Trajectory]:
     """Roll out ``policy`` on tasks 0, 1, ... of an environment's split; ``watch`` sees each as it ends."""
-    contestant = load_contestant(policy, temperature=1.0)
+    contestant = load_contestant(policy, 1.0, endpoint)
     requests = [
         Episode(
             uid=str(i),

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from opd_agents.envs import AgentEnv
-from opd_agents.types import Actor, Message, StopReason
+from opd_agents.types import Actor, Message, StopReason, Turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,24 +19,27 @@ class History:
 
     ``ids`` are all tokens so far, the generation prompt included (empty without a chat); ``stream`` is
     (seed, step, episode): with the token position it keys every random draw, so that sampling does not
-    depend on batching or on a resume. ``env`` is the live environment, for the scripted expert; ``ask`` calls
-    something of it where it runs, within its time-outs.
+    depend on batching or on a resume. ``opening`` are the messages of the reset and ``turns`` all that came
+    after them, whoever acted: the conversation, for a policy that reads text. ``env`` is the live
+    environment, for the scripted expert; ``ask`` calls something of it where it runs, within its time-outs.
     """
 
     uid: str
     stream: tuple[int, int, int]
     ids: tuple[int, ...]
-    messages: tuple[Message, ...]
+    opening: tuple[Message, ...]
     max_tokens: int
     env: AgentEnv
     ask: Callable[[Callable[[], str]], str] = lambda function: function()
+    turns: tuple[Turn, ...] = ()
 
     def random(self, purpose: int = 0) -> np.random.Generator:
         """Counter-based uniforms of this episode from this token position on (Philox), a stream a purpose."""
         seed, step, episode = self.stream
+        messages = len(self.opening) + len(self.turns)
         return np.random.Generator(
             np.random.Philox(
-                key=[seed, step], counter=[0, len(self.ids), len(self.messages) + 2**32 * purpose, episode]
+                key=[seed, step], counter=[0, len(self.ids), messages + 2**32 * purpose, episode]
             )
         )
 
@@ -65,6 +68,26 @@ class Action:
 class Policy(Protocol):
     def act(self, histories: Sequence[History]) -> list[Action]:
         """One action of each episode; there is at least one."""
+        ...
+
+
+class Sampler(Policy, Protocol):
+    """The student as it acts: actions with ids and log-probs."""
+
+    policy_version: int  # of the actions
+    generated_tokens: int  # sampled so far; forced ones are not
+
+    @property
+    def flops(self) -> int:
+        """Spent so far."""
+        ...
+
+    def reset(self, policy_version: int) -> None:
+        """The weights have changed."""
+        ...
+
+    def release(self) -> None:
+        """The episodes have ended: what is kept of them may go."""
         ...
 
 

@@ -90,6 +90,19 @@ def load_merged(path: str, dtype: str) -> PreTrainedModel:
         raise _unloadable("model", path, error) from None
 
 
+def load_outline(path: str) -> PreTrainedModel:
+    """The model without its weights (on torch's device `meta`), from its config.json: what FLOPs are counted
+    of where others run it. Raises CheckpointError."""
+    path = adapter_base(path) or path
+    _check_exists("model", path)
+    try:
+        with torch.device("meta"):
+            outline: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    except Exception as error:  # whatever a broken file makes transformers raise
+        raise _unloadable("model", path, error) from None
+    return outline
+
+
 def saved_dtype(folder: Path) -> str | None:
     """Of the weights of a checkpoint, or of an adapter, which has the dtype that its base was used in; None
     without safetensors. Raises CheckpointError for a broken file, and for other dtypes than ``DTYPES``."""

@@ -228,7 +228,7 @@ def _turns(trajectory: Trajectory, credit: Sequence[Credit]) -> tuple[TurnView, 
             observation=turn.observation,
             kl_sum=number(given.kl_sum),
             kl_mean=number(given.kl_mean),
-            flags=tuple(_flags(turn)),
+            flags=(*_flags(turn), *_judged(given)),
         )
         for i, (turn, given) in enumerate(zip(trajectory.turns, scored, strict=True), start=1)
     )
@@ -243,6 +243,14 @@ def _flags(turn: Turn) -> Iterator[tuple[str, str]]:
         yield "cut", f"the limit of {limit} was reached"
     if turn.truncated:
         yield "turn limit", "the environment ended the episode unfinished"
+
+
+def _judged(credit: Credit) -> Iterator[tuple[str, str]]:
+    """What a judge said of the action."""
+    if credit.score is not None:
+        yield f"score {credit.score}", credit.reason
+    if credit.verdict is not None:
+        yield f"verdict {credit.verdict}", credit.reason
 
 
 def _repairs(run: Run) -> tuple[RepairView, ...]:

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from opd_agents.report import formatting
+from opd_agents.report.costs import api_facts
 from opd_agents.report.curves import comparison_charts, stage_charts
 from opd_agents.report.examples import AFTER, BEFORE, examples
 from opd_agents.report.groups import Group, read_groups
@@ -110,7 +111,7 @@ def _facts(group: Group) -> list[tuple[str, str]]:
         ]
         if last:
             facts.append((", ".join([title, *scope]), unit(sum(last))))
-    return facts
+    return facts + api_facts(stages)
 
 
 def _pending(group: Group) -> str:

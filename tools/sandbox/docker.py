@@ -46,8 +46,9 @@ class Spares:
     """Started containers of one image and one set of limits, so that nobody waits for a start."""
 
     def __init__(self, image: str, limits: Limits) -> None:
-        reap(own_client())
-        check_image(own_client(), image)
+        client = connect()
+        reap(client)
+        check_image(client, image)
         self._image, self._limits = image, limits
         self._ready: queue.SimpleQueue[Line] = queue.SimpleQueue()
         self._over = threading.Event()

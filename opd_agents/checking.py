@@ -1,0 +1,137 @@
+"""`opd-agents check`: will a run train on what its student saw, and will it fit? Before compute is spent."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from opd_agents import envs
+from opd_agents.config import RunConfig
+from opd_agents.errors import OpdError
+from opd_agents.estimate import memory
+from opd_agents.probing import Finding, probe
+from opd_agents.runs import RunFolder
+from opd_agents.session import Session, check_inputs, load_session
+from opd_agents.teachers.local import ModelTeacher
+from opd_agents.trainer import train_step
+
+
+@dataclass(frozen=True, slots=True)
+class StageCheck:
+    """``memory`` in bytes by part, ``seconds`` of one step and of all, both estimated; empty where a finding
+    stood before them."""
+
+    name: str
+    findings: list[Finding]
+    memory: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        return all(finding.passed is not False for finding in self.findings)
+
+    def row(self) -> dict[str, Any]:
+        findings = [{"about": f.about, "passed": f.passed, "says": f.says} for f in self.findings]
+        told = {"findings": findings, "memory": self.memory, "seconds": self.seconds}
+        return {"name": self.name, "passed": self.passed} | told
+
+
+def check(config: RunConfig, *, episodes: int = 8) -> list[StageCheck]:
+    """Every stage, with a training step on about ``episodes`` episodes in a folder that is thrown away.
+
+    A later stage is checked with the student as the config gives it, not as the stage before would leave it.
+    """
+    envs.import_plugins(config.imports)
+    stages = config.stages or {config.name: config}
+    return [_stage(name, stage, episodes) for name, stage in stages.items()]
+
+
+def _stage(name: str, config: RunConfig, episodes: int) -> StageCheck:
+    findings: list[Finding] = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            check_inputs(config)
+            session = load_session(tried := _tried(config, episodes, folder), _folder(tried))
+        except OpdError as error:
+            return StageCheck(name, [Finding("inputs", False, str(error))])
+        findings += [Finding("inputs", True, "environments, models and plug-ins are there and fit")]
+        findings += [*_positions(session), *probe(session)]
+        if not StageCheck(name, findings).passed:
+            return StageCheck(name, findings)
+        started = time.perf_counter()
+        try:
+            row = train_step(session)
+        except OpdError as error:
+            return StageCheck(name, [*findings, Finding("step", False, str(error))])
+        seconds = time.perf_counter() - started
+    step = seconds * config.rollout.episodes_per_step / tried.rollout.episodes_per_step
+    parts = memory(config, session.model, list(_local_models(session).values()))
+    findings += [*_step(row, session), _fits(sum(parts.values()))]
+    return StageCheck(name, findings, parts, {"step": step, "run": step * config.trainer.steps})
+
+
+def _tried(config: RunConfig, episodes: int, folder: str) -> RunConfig:
+    rollout = config.rollout
+    most = max(1, episodes // rollout.group_size) * rollout.group_size
+    few = rollout.model_copy(update={"episodes_per_step": min(rollout.episodes_per_step, most)})
+    trainer = config.trainer.model_copy(update={"tensorboard": False})
+    return config.model_copy(
+        update={"rollout": few, "trainer": trainer, "evaluation": None, "output": f"{folder}/run"}
+    )
+
+
+def _folder(config: RunConfig) -> RunFolder:
+    return RunFolder(Path(config.folder), config.model_dump(mode="json"), resume=False)
+
+
+def _local_models(session: Session) -> dict[str, PreTrainedModel]:
+    teachers = session.references.teachers.items()
+    return {name: teacher.model for name, teacher in teachers if isinstance(teacher, ModelTeacher)}
+
+
+def _positions(session: Session) -> Iterator[Finding]:
+    most = session.config.rollout.max_context_tokens
+    for name, model in {"student": session.model, **_local_models(session)}.items():
+        positions = model.config.get_text_config().max_position_embeddings
+        if most > positions:
+            says = f"rollout.max_context_tokens is {most}, but it was made for {positions} positions"
+            yield Finding(name, None, says)
+
+
+def _step(row: Mapping[str, Any], session: Session) -> Iterator[Finding]:
+    """What a whole training step says; it has refused log-probs that are not the sampler's already."""
+    if episodes := row["rollout/episodes"]:
+        success, turns, failed = (row[f"rollout/{key}"] for key in ("success", "turns", "errors"))
+        says = f"{episodes} episodes, success {success:.0%}, {turns:.1f} turns each"
+        yield Finding("rollout", None, says + (f"; in {failed:.0%} the environment failed" if failed else ""))
+    if "student" in session.config.rollout.actors:
+        yield Finding("sampler", True, "the trainer re-scores the sampled tokens as the sampler did")
+    if (norm := row.get("grad_norm", 0.0)) > 0:
+        yield Finding("loss", True, f"loss {row['loss']:.4g}, gradient norm {norm:.3g}")
+    elif row.get("groups/nonzero") == 0:
+        says = "no gradient: the episodes of every group had the same reward; try more --episodes"
+        yield Finding("loss", None, says)
+    else:
+        says = "the gradient is zero: no loss component selects a token that it can learn from"
+        yield Finding("loss", False, says)
+
+
+def _fits(needed: int) -> Finding:
+    if torch.cuda.is_available():
+        there, where = torch.cuda.get_device_properties(0).total_memory, "the GPU"
+    else:
+        with open("/proc/meminfo") as file:
+            there, where = int(file.readline().split()[1]) * 1024, "this machine"
+    says = f"about {_gigabytes(needed)} of {_gigabytes(there)} of {where}"
+    return Finding("memory", needed < there, says)
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

@@ -1,0 +1,25 @@
+"""Who judges the student's actions in words, and what is asked."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from opd_agents.config.base import Section
+
+
+class Judge(Section):
+    """A teacher that judges finished episodes of the student, each once, from their text alone: ``score``
+    from 0 to 9 (OVD, arXiv 2601.21968), ``verdict`` skip, weak or strong (SAGE-OPD, arXiv 2606.19659), per
+    ``action`` or per ``episode``. One request an episode asks for all of it. What the answers are used for
+    says the loss (``verbal`` rewards, the weights `verbal_score` and `verdict`) and
+    `rollout.demonstrations`."""
+
+    by: str = "teacher"  # or one of `references`
+    ask: list[Literal["score", "verdict"]]  # may be empty for a `correction` that it proposes
+    per: Literal["action", "episode"] = "action"
+    share: float = Field(1.0, gt=0, le=1)  # of the student's episodes
+    rubric: str | None = None  # what counts, in your own words, added to the instructions
+    sees_outcome: bool = False  # whether it is told how the episode ended
+    max_tokens: int = Field(2048, gt=0)  # of one answer

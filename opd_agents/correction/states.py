@@ -1,0 +1,150 @@
+"""States of finished episodes, gone back to by verified replay, and what another would do in them."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias, TypeVar
+
+from opd_agents.chat import Chat
+from opd_agents.envs import AgentEnv
+from opd_agents.episode import Limits, Said, read_action, segment_ids
+from opd_agents.errors import NotForkable, ReplayDivergence
+from opd_agents.hosting import Host
+from opd_agents.policies.base import Action, History, Policy
+from opd_agents.types import StopReason, Trajectory
+
+T = TypeVar("T")
+Place: TypeAlias = tuple[Trajectory, int]
+"""An episode, and the number (from 0) of one of its turns: the state before its action."""
+
+
+@dataclass(frozen=True, slots=True)
+class Acted:
+    """What another did at turn ``turn`` of ``parent``, not carried out yet: ``said`` as a turn would hold it.
+    ``host`` has the live environment in the state before."""
+
+    parent: Trajectory
+    turn: int
+    action: Action
+    said: Said
+    host: Host
+
+    @property
+    def same(self) -> bool:
+        """Whether it is what was done there."""
+        return self.said.to_env == self.parent.turns[self.turn].action
+
+
+def act_at(
+    places: Sequence[Place],
+    policy: Policy,
+    made_of: Callable[[Acted], T | None],
+    *,
+    make: Callable[..., AgentEnv],
+    chat: Chat,
+    limits: Limits,
+    streams: Sequence[tuple[int, int, int]],
+) -> list[T | None]:
+    """Restore each state, let ``policy`` act in it once, and keep what is ``made_of`` that; None where the
+    action does not come to an end, and, with a warning, where the environment fails. ``streams`` key the
+    draws."""
+    if len(places) > (size := limits.max_live or len(places)):
+        some = partial(act_at, policy=policy, made_of=made_of, make=make, chat=chat, limits=limits)
+        parts = [slice(start, start + size) for start in range(0, len(places), size)]
+        return [one for part in parts for one in some(places[part], streams=streams[part])]
+    hosts = [_restored(parent, turn, make, limits) for parent, turn in places]
+    try:
+        histories = [
+            _history(parent, turn, host.env, limits, stream)
+            for (parent, turn), host, stream in zip(places, hosts, streams, strict=True)
+            if host is not None and host.env is not None
+        ]
+        actions = iter(policy.act(histories) if histories else ())
+        return [
+            None if host is None else _kept(parent, turn, host, next(actions), chat, made_of)
+            for (parent, turn), host in zip(places, hosts, strict=True)
+        ]
+    finally:
+        for host in filter(None, hosts):
+            with contextlib.suppress(Exception, SystemExit):
+                host.close()
+
+
+def _history(
+    parent: Trajectory, turn: int, env: AgentEnv, limits: Limits, stream: tuple[int, int, int]
+) -> History:
+    before = parent.turns[:turn]
+    most = min(limits.max_tokens_per_turn, limits.action_room(before))
+    return History(parent.uid, stream, _ids_before(parent, turn), parent.messages, most, env, turns=before)
+
+
+def _kept(
+    parent: Trajectory,
+    turn: int,
+    host: Host,
+    action: Action,
+    chat: Chat,
+    made_of: Callable[[Acted], T | None],
+) -> T | None:
+    ended = action.stop_reason in (StopReason.END, StopReason.NOT_SAMPLED)
+    if action.failure is not None or not ended or host.env is None:
+        return None
+    last = parent.turns[turn - 1].messages[-1:] if turn else ()
+    context = parent.turns[turn].context_ids
+    said = read_action(host.env, chat, action, context, after=last[0].role if last else "user")
+    try:
+        return made_of(Acted(parent, turn, action, said, host))
+    except Exception as error:
+        _may_fail(error, parent)
+        return None
+
+
+def _restored(parent: Trajectory, turn: int, make: Callable[..., AgentEnv], limits: Limits) -> Host | None:
+    """The environment in the state before ``turn``; None, with a warning, where it fails."""
+    seconds = limits.episode_timeout or (limits.step_timeout and limits.step_timeout * (turn + 1))
+    host = Host(None, seconds)
+    try:
+        env = host.make(lambda: make(parent.env_id, **parent.env_kwargs))
+        host.call(lambda: _replay(parent, turn, env))
+    except BaseException as error:
+        host.leave()
+        _may_fail(error, parent)
+        return None
+    return host
+
+
+def _may_fail(error: BaseException, parent: Trajectory) -> None:
+    """What an environment does ends no run, unless it is one that cannot be gone back in at all."""
+    if isinstance(error, ReplayDivergence | NotForkable) or not isinstance(error, Exception | SystemExit):
+        raise error
+    problem = f"{type(error).__name__}: {error}"
+    warnings.warn(f"{parent.uid}: not gone back to, its environment failed: {problem}", stacklevel=2)
+
+
+def restore(parent: Trajectory, turn: int, make: Callable[..., AgentEnv]) -> AgentEnv:
+    """A live environment in the state before ``turn``, by verified replay.
+
+    Raises ReplayDivergence where a recorded digest is not met.
+    """
+    env = make(parent.env_id, **parent.env_kwargs)
+    _replay(parent, turn, env)
+    return env
+
+
+def _replay(parent: Trajectory, turn: int, env: AgentEnv) -> None:
+    env.reset(seed=parent.seed, options={"task_id": parent.task.id, "split": parent.task.split})
+    if env.state_digest() != parent.turns[0].state_digest:
+        raise ReplayDivergence(
+            f"{parent.uid}: resetting {parent.env_id} to {parent.task} gave another state than before."
+        )
+    actions = [t.action for t in parent.turns[:turn]]
+    env.replay(actions, [t.state_digest for t in parent.turns[1 : turn + 1]])
+
+
+def _ids_before(parent: Trajectory, turn: int) -> tuple[int, ...]:
+    past = () if parent.turns[turn].starts_segment else segment_ids(parent.turns[:turn])
+    return past + parent.turns[turn].context_ids

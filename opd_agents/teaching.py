@@ -1,0 +1,194 @@
+"""From the sections of a config to teachers: who they are, what each can, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from opd_agents import envs
+from opd_agents.api.client import check_key, store_of
+from opd_agents.chat import Chat
+from opd_agents.config import (
+    Api,
+    Cached,
+    Ensemble,
+    EnvironmentSource,
+    Local,
+    PlugIn,
+    RunConfig,
+    Self,
+    Single,
+    Vllm,
+    conditioning_of,
+    sections_in,
+)
+from opd_agents.config import Teacher as TeacherSettings
+from opd_agents.config.needs import Need, reference_needs, reference_top_k
+from opd_agents.errors import ConfigError
+from opd_agents.policies.adapters import adapter_base
+from opd_agents.policies.fingerprint import fingerprint
+from opd_agents.policies.models import load_tokenizer
+from opd_agents.runs import newest_checkpoint
+from opd_agents.teachers import Capability, Teacher
+from opd_agents.teachers.api import ApiTeacher
+from opd_agents.teachers.base import check_acts, check_serves, listed
+from opd_agents.teachers.cache import Index, open_cache, read_index
+from opd_agents.teachers.cached import CachedTeacher
+from opd_agents.teachers.conditioning import Conditioner
+from opd_agents.teachers.ensemble import together
+from opd_agents.teachers.local import LocalTeacher, ModelTeacher
+from opd_agents.teachers.plug_in import make_teacher, teacher_class
+from opd_agents.teachers.self_teacher import self_teacher
+from opd_agents.teachers.vllm import VllmTeacher
+
+
+def settings_of(config: RunConfig) -> dict[str, TeacherSettings]:
+    """The sections of the teacher and of the references, by name."""
+    return ({"teacher": config.teacher} if config.teacher else {}) | config.references
+
+
+def needs_of(config: RunConfig) -> Mapping[str, frozenset[Need]]:
+    """Which references score the trajectories, and what of them is needed; others at most act."""
+    needs = dict(reference_needs(config.loss.components))
+    proposes = config.correction is not None and config.correction.propose.by == "teacher"
+    if proposes or config.rollout.teacher_share:
+        needs["teacher"] = needs.get("teacher", frozenset[Need]()) | {"sampled"}
+    return needs
+
+
+def place(name: str) -> str:
+    """Where in a config a teacher stands."""
+    return name if name.partition(".")[0] == "teacher" else f"references.{name}"
+
+
+def parts_of(name: str, settings: TeacherSettings) -> dict[str, Single]:
+    """The section, or those of the members of an ensemble, by the names of their teachers."""
+    if isinstance(settings, Ensemble):
+        return {f"{name}.{member}": section for member, section in settings.members.items()}
+    return {name: settings}
+
+
+def make_single(
+    name: str,
+    settings: Single,
+    config: RunConfig,
+    student: PreTrainedModel,
+    chat: Chat,
+    conditioner: Conditioner | None,
+) -> Teacher:
+    """The teacher of a section; ``name`` is its own, or `NAME.MEMBER` of an ensemble. Raises UserError for a
+    model that cannot be loaded or does not fit the ``student`` and its ``chat``."""
+    temperature = config.rollout.temperature
+    match settings:
+        case Api():
+            return ApiTeacher(settings, chat, store=store_of(settings.endpoint, config.folder))
+        case Cached():
+            behind = None
+            if settings.of is not None:
+                behind = partial(make_single, name, settings.of, config, student, chat, None)
+            k = min(reference_top_k(config.loss.components).get(name, 0), len(chat.tokenizer))
+            wanted = Index(_whose(settings, config.student.dtype), chat.fingerprint, temperature, k)
+            return CachedTeacher(open_cache(Path(settings.cache), wanted), k, behind)
+        case Self():
+            fresh = config.student.lora is not None and (
+                adapter_base(newest_checkpoint(str(config.student.model))) is None
+            )
+            return self_teacher(
+                settings, student, chat, temperature, fresh_adapter=fresh, conditioner=conditioner
+            )
+        case Vllm():
+            return VllmTeacher(
+                settings,
+                place(name),
+                newest_checkpoint(settings.model),
+                chat,
+                temperature=temperature,
+                scores=any(name == one or name.startswith(f"{one}.") for one in needs_of(config)),
+                k=reference_top_k(config.loss.components).get(name, 0),
+                max_tokens=config.rollout.max_context_tokens,
+                conditioner=conditioner,
+            )
+        case Local():
+            path = newest_checkpoint(str(settings.model))
+            dtype = settings.dtype or config.student.dtype
+            return LocalTeacher(path, chat, dtype=dtype, temperature=temperature, conditioner=conditioner)
+    own = settings.model  # not always a checkpoint: what it is, its class knows
+    own = newest_checkpoint(own) if own and Path(own).exists() else own
+    return make_teacher(place(name), settings, own, chat, temperature=temperature)
+
+
+def capabilities_of(name: str, settings: TeacherSettings) -> frozenset[Capability]:
+    """What the teacher of a section will be able to. Raises UserError for a class that cannot be imported."""
+    match settings:
+        case Api():
+            return ApiTeacher.can
+        case Cached():
+            return CachedTeacher.can
+        case Ensemble():
+            return together(capabilities_of(name, member) for member in settings.members.values())
+        case PlugIn():
+            return teacher_class(place(name), settings).can
+        case Vllm():
+            return VllmTeacher.can
+    return ModelTeacher.can
+
+
+def _whose(settings: Cached, dtype: str) -> str | None:
+    """The fingerprint of the teacher behind a cache; None: whoever's log-probs it holds."""
+    match settings.of:
+        case Local(model=model, dtype=own):
+            return f"{fingerprint(newest_checkpoint(str(model)))} {own or dtype}"
+        case Vllm(model=model):
+            return f"{fingerprint(newest_checkpoint(model))} vllm"
+    return None
+
+
+def asked_to_act(config: RunConfig) -> list[str]:
+    """The keys of the config by which `teacher` takes turns."""
+    rollout, extra = config.rollout, config.rollout.demonstrations
+    asks = {
+        "rollout.source": "teacher" in rollout.actors,
+        "rollout.demonstrations": extra is not None and extra.actor == "teacher",
+        "rollout.alternatives": rollout.alternatives is not None and rollout.alternatives.actor == "teacher",
+        "correction": config.correction is not None and config.correction.propose.by == "teacher",
+    }
+    return [key for key, asked in asks.items() if asked]
+
+
+def check_references(config: RunConfig) -> None:
+    """Raise UserError for what the sections name and does not exist or cannot serve the loss."""
+    needs = needs_of(config)
+    for name, settings in settings_of(config).items():
+        for where, section in sections_in(place(name), settings):
+            match section:
+                case Api():
+                    check_key(section.endpoint, store_of(section.endpoint, config.folder))
+                case Cached(of=None):
+                    read_index(Path(section.cache))
+                case Local() | Vllm():
+                    load_tokenizer(newest_checkpoint(str(section.model)))
+            conditioning = conditioning_of(section)
+            sources = conditioning.sources if conditioning else []
+            if "expert" in sources and not any(_has_expert(source) for source in config.environments):
+                raise ConfigError(
+                    f"{where}.conditioning.sources: expert, but none of the environments has a scripted"
+                    " expert; take another source."
+                )
+        able, what = capabilities_of(name, settings), f"{place(name)} (kind {settings.kind})"
+        check_serves(what, able, needs.get(name, frozenset()))
+        for key in asked_to_act(config) if name == "teacher" else ():
+            check_acts(what, able, key)
+        if config.judge is not None and config.judge.by == name and Capability.JUDGE not in able:
+            raise ConfigError(
+                f"judge.by asks {what} for judgements, which takes the capability `judge`, but it has"
+                f" {listed(able)}. Take one of kind api, under `references` where the teacher is another."
+            )
+
+
+def _has_expert(source: EnvironmentSource) -> bool:
+    env = envs.make(source.id, **source.options)
+    env.close()
+    return env.has_expert
