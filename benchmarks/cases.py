@@ -71,6 +71,8 @@ def all_cases(folder: Path) -> dict[str, Case]:
             "opd_agents/Mcp-v0",
             {"tasks": _questions(folder), "server": _server(folder), "reset": "forget"},
         ),
+        # some gold paths take over 300 turns
+        "opd_agents/ScienceWorld-v0": Case("opd_agents/ScienceWorld-v0", {"max_turns": 500}),
         # a game is generated and compiled in about a second
         "opd_agents/TextWorld-v0": Case("opd_agents/TextWorld-v0", {"cache": str(folder / "games")}, 50),
     }
