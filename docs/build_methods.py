@@ -33,7 +33,7 @@ BLOCK = re.compile(r"(<!-- from (\w+) ?([\w.]*) -->\n).*?(<!-- end -->)", re.DOT
 WIDTH = 124
 WORDS = {
     "float": "number", "int": "whole number", "str": "text", "bool": "true or false", "Any": "anything",
-    "PlugIn": "`module:name`", "Component": "[component](#components)",
+    "PlugIn": "`module:name`", "KeyVariable": "text", "Component": "[component](#components)",
     "Weight": "[weight](#weights-and-gates)", "Scheduled": "number >= 0 or [schedule](#schedules)",
     "SignedScheduled": "number or [schedule](#schedules)", "Weights": "by name: number >= 0",
     "Member": "one of these", "Asked": "one of kind `local` or `vllm`",

@@ -70,6 +70,8 @@ def _stage(name: str, config: RunConfig, episodes: int) -> StageCheck:
             row = train_step(session)
         except OpdError as error:
             return StageCheck(name, [*findings, Finding("step", False, str(error))])
+        finally:
+            session.references.close()
         seconds = time.perf_counter() - started
     step = seconds * config.rollout.episodes_per_step / tried.rollout.episodes_per_step
     parts = memory(config, session.model, list(_local_models(session).values()))

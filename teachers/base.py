@@ -60,7 +60,6 @@ class Capability(StrEnum):
 
     SAMPLED_LOGPROBS = "sampled_logprobs"
     TEACHER_TOP_K = "teacher_top_k"
-    INDEXED_LOGPROBS = "indexed_logprobs"
     HIDDEN_STATES = "hidden_states"
     ACT = "act"
     JUDGE = "judge"

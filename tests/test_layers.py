@@ -31,7 +31,7 @@ LAYERS = (
         *("estimate", "checking"),
         *("export", "traces"),
     ),
-    ("cli", "cli_sandbox", "terminal", "report", "quickstart", "__main__", "__init__"),
+    ("cli", "cli_files", "cli_sandbox", "terminal", "report", "quickstart", "__main__", "__init__"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SOURCES = {  # dotted module name -> file; the symlinked folders included

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 PLUG_IN = r"^[\w.]+:\w+$"  # module:name, importable here or through `imports`
+
+
+def _names_a_variable(key: str) -> str:
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", key):
+        raise ValueError("is the name of an environment variable, such as OPENAI_API_KEY, never a key itself")
+    return key
+
+
+KeyVariable: TypeAlias = Annotated[str, AfterValidator(_names_a_variable)]
+ADDRESS = r"https?://[^@?#\s]+"  # without name, key or query
 
 
 class Section(BaseModel):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from opd_agents.config.base import Section
+from opd_agents.config.base import ADDRESS, KeyVariable, Section
 
 
 class Prices(Section):
@@ -27,7 +27,7 @@ class Endpoint(Section):
     """
 
     base_url: str | None = None
-    key: str | None = "OPENAI_API_KEY"
+    key: KeyVariable | None = "OPENAI_API_KEY"
     concurrency: int = Field(16, gt=0)  # requests at once
     requests_per_minute: int | None = Field(None, gt=0)
     tokens_per_minute: int | None = Field(None, gt=0)
@@ -41,18 +41,9 @@ class Endpoint(Section):
     max_cost: float | None = Field(None, gt=0)
     cache: str | None = None
 
-    @field_validator("key")
-    @classmethod
-    def _names_a_variable(cls, key: str | None) -> str | None:
-        if key is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", key):
-            raise ValueError(
-                "is the name of an environment variable, such as OPENAI_API_KEY, never a key itself"
-            )
-        return key
-
     @model_validator(mode="after")
     def _sound(self) -> Endpoint:
-        if self.base_url is not None and not re.fullmatch(r"https?://[^@?#\s]+", self.base_url):
+        if self.base_url is not None and not re.fullmatch(ADDRESS, self.base_url):
             raise ValueError(
                 "`base_url` is an address such as http://localhost:8000/v1, without name, key or query"
             )

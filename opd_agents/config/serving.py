@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, field_validator
 
-from opd_agents.config.base import Section
+from opd_agents.config.base import ADDRESS, KeyVariable, Section
 
 
 class Server(Section):
@@ -20,7 +20,7 @@ class Server(Section):
 
     urls: list[str] = Field(min_length=1)
     served_as: str | None = None
-    key: str | None = None
+    key: KeyVariable | None = None
     concurrency: int = Field(64, gt=0)  # requests at once to each
     timeout: float = Field(600.0, gt=0)  # seconds of one attempt
     retries: int = Field(5, ge=0)  # of what may pass: 429, 5xx, time-outs, cut connections
@@ -29,21 +29,12 @@ class Server(Section):
     @classmethod
     def _addresses(cls, urls: list[str]) -> list[str]:
         for url in urls:
-            if not re.fullmatch(r"https?://[^@?#\s]+", url):
+            if not re.fullmatch(ADDRESS, url):
                 raise ValueError(f"{url!r} is no address such as http://127.0.0.1:8000")
         plain = [url.rstrip("/").removesuffix("/v1") for url in urls]
         if len(set(plain)) < len(plain):
             raise ValueError("the same server stands there twice")
         return plain
-
-    @field_validator("key")
-    @classmethod
-    def _names_a_variable(cls, key: str | None) -> str | None:
-        if key is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", key):
-            raise ValueError(
-                "is the name of an environment variable, such as VLLM_API_KEY, never a key itself"
-            )
-        return key
 
 
 class TransformersSampling(Section):
