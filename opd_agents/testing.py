@@ -18,6 +18,7 @@ from opd_agents.envs import AgentEnv, format_calls, make
 from opd_agents.errors import EnvironmentContractError, NotForkable, UserError
 from opd_agents.tools import random_call
 
+CONTROLS = 6  # times that other random actions are drawn if none yet changed anything that shows
 NOT_AN_ACTION = '{"name":'
 BAD_ACTIONS = (
     NOT_AN_ACTION,
@@ -163,13 +164,18 @@ def _check_forks(env: AgentEnv, n_tasks: int) -> None:
             return
         raise EnvironmentContractError('fork_mode is "none", so snapshot() must raise NotForkable')
     repeated = differing = 0
-    for split, task_id, rng in _drawn_tasks(env, n_tasks):
-        prompt, _ = _reset(env, split, task_id, seed=3)
-        _, steps = _wander(env, rng, prompt, limit=rng.randrange(4))
-        if not env.over:
-            differed = _check_one_fork(env, rng, " ".join([prompt, *(step.observation for step in steps)]))
-            repeated += differed is not None
-            differing += differed is True
+    for attempt in range(CONTROLS):
+        for split, task_id, rng in _drawn_tasks(env, n_tasks, attempt):
+            prompt, _ = _reset(env, split, task_id, seed=3)
+            _, steps = _wander(env, rng, prompt, limit=rng.randrange(4))
+            if not env.over:
+                differed = _check_one_fork(
+                    env, rng, " ".join([prompt, *(step.observation for step in steps)])
+                )
+                repeated += differed is not None
+                differing += differed is True
+        if differing or not repeated:
+            break
     _require(
         differing > 0 or repeated == 0,
         f"negative control: in {repeated} episodes the same actions, done twice without restoring, led to "
@@ -225,9 +231,9 @@ def _task_ids(size: int, count: int) -> list[str]:
     return [str(i * (size - 1) // max(count - 1, 1)) for i in range(count)]
 
 
-def _drawn_tasks(env: AgentEnv, n_tasks: int) -> list[tuple[str, str, random.Random]]:
+def _drawn_tasks(env: AgentEnv, n_tasks: int, attempt: int = 0) -> list[tuple[str, str, random.Random]]:
     return [
-        (split, task_id, random.Random(f"{split}/{task_id}"))
+        (split, task_id, random.Random(f"{split}/{task_id}" + f"/{attempt}" * bool(attempt)))
         for split, size in env.split_sizes.items()
         for task_id in _task_ids(size, n_tasks)
     ]

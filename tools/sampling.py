@@ -12,7 +12,8 @@ from opd_agents.types import ToolCall, ToolSpec
 def random_call(tools: Sequence[ToolSpec], rng: random.Random, words: Sequence[str] = ()) -> ToolCall:
     """A call of a random tool with arguments of the right types.
 
-    Strings are drawn from ``words`` (say, those seen in observations), so that some calls hit something.
+    Strings, and every other integer, are drawn from ``words`` (say, those seen in observations), so that some
+    calls hit something.
     """
     tool = rng.choice(tools)
     properties: Mapping[str, Any] = tool.parameters.get("properties", {})
@@ -28,7 +29,8 @@ def _value(schema: Mapping[str, Any], rng: random.Random, words: Sequence[str]) 
         return schema["const"]
     match schema.get("type"):
         case "integer":
-            return rng.randint(0, 9)
+            seen = [int(word) for word in words if word.isdecimal() and len(word) < 10]
+            return rng.choice(seen) if seen and rng.random() < 0.5 else rng.randint(0, 9)
         case "number":
             return round(rng.uniform(0, 9), 2)
         case "boolean":
