@@ -8,6 +8,7 @@
     runs:
       muon: {config: orderdesk_opd}    # a shipped experiment, or a file from this file's folder
       adamw: {config: orderdesk_opd, set: [trainer.optimizer=adamw]}
+      longer: {config: orderdesk_opd, student: muon}  # from the student of run `muon`, of the same seed
     evaluate: {suite: orderdesk, limit: 100}
     metrics: [success, success_greedy, total/flops]
 
@@ -24,14 +25,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import sweep_results
 import typer
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from rich.console import Console
 from rich.markup import escape
 
@@ -48,6 +49,7 @@ console = Console(soft_wrap=True, highlight=False)
 
 class SweepRun(Section):
     config: str
+    student: Label | None = None  # a run above it, whose student of the same seed it starts from
     set: tuple[str, ...] = ()
 
 
@@ -68,6 +70,14 @@ class Sweep(Section):
     def folder(self) -> Path:
         return Path(self.output or f"runs/{self.name}")
 
+    @model_validator(mode="after")
+    def _students_are_above(self) -> Sweep:
+        labels = list(self.runs)
+        for place, (label, run) in enumerate(self.runs.items()):
+            if run.student is not None and run.student not in labels[:place]:
+                raise ValueError(f"`runs.{label}.student`: no run {run.student!r} stands above it")
+        return self
+
     @field_validator("seeds")
     @classmethod
     def _different(cls, seeds: list[int]) -> list[int]:
@@ -84,6 +94,7 @@ class Cell:
     seed: int
     folder: Path
     arguments: tuple[str, ...]
+    after: str | None  # the label of the cell that is done first
     config: RunConfig
     evaluation: SweepEvaluation
 
@@ -115,12 +126,13 @@ def load_sweep(path: Path) -> tuple[Sweep, list[Cell]]:
 
 def _cell(sweep: Sweep, label: str, seed: int, base: Path) -> Cell:
     run, folder = sweep.runs[label], sweep.folder / label / f"seed-{seed}"
-    overrides = (*(_absolute(item, base) for item in run.set), f"seed={seed}", f"output={folder}")
+    first = () if run.student is None else (f"student.model={sweep.folder / run.student / folder.name}",)
+    overrides = (*first, *(_absolute(item, base) for item in run.set), f"seed={seed}", f"output={folder}")
     try:
         loaded = load_config(run.config, *overrides)
     except UserError as error:
         raise ConfigError(f"runs.{label}: {error}") from error
-    return Cell(label, seed, folder, (run.config, *overrides), loaded, sweep.evaluate)
+    return Cell(label, seed, folder, (run.config, *overrides), run.student, loaded, sweep.evaluate)
 
 
 def _absolute(item: str, folder: Path) -> str:
@@ -145,12 +157,21 @@ def execute(arguments: Sequence[str], log: Path) -> str:
 
 
 def run_cells(cells: Sequence[Cell], jobs: int, execute: Execute = execute) -> list[dict[str, Any]]:
-    """Finish all cells, ``jobs`` at a time; a row for each, in their order."""
+    """Finish all cells, ``jobs`` at a time; a row for each, in their order.
+
+    Cells are begun in their order, so one that waits for another's student never waits for one not begun.
+    """
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(lambda cell: _run_cell(cell, execute), cells))
+        begun: dict[tuple[str, int], Future[dict[str, Any]]] = {}
+        for cell in cells:
+            first = None if cell.after is None else begun[cell.after, cell.seed]
+            begun[cell.label, cell.seed] = pool.submit(_run_cell, cell, execute, first)
+        return [row.result() for row in begun.values()]
 
 
-def _run_cell(cell: Cell, execute: Execute) -> dict[str, Any]:
+def _run_cell(cell: Cell, execute: Execute, first: Future[dict[str, Any]] | None) -> dict[str, Any]:
+    if first is not None:
+        first.result()
     started, error, values = time.perf_counter(), "", dict[str, float]()
     status = "skipped" if cell.finished() else "done"
     try:

@@ -62,6 +62,16 @@ def format_calls(calls: Sequence[ToolCall]) -> str:
     return json.dumps(items[0] if len(items) == 1 else items, separators=(",", ":"), ensure_ascii=False)
 
 
+def same_action(one: str, other: str) -> bool:
+    """Whether two actions ask for the same: equal calls, in whatever order their arguments stand, or equal
+    texts. What cannot be read is the same as itself alone."""
+    try:
+        calls = parse_action(one), parse_action(other)
+    except BadAction:
+        return one == other
+    return calls[0] == calls[1] if any(calls) else one.strip() == other.strip()
+
+
 def refuse(text: str, problem: str) -> str:
     """An action that every environment answers with ``problem``: ``text``, which a chat could not read."""
     return f"{_REFUSED}{problem}{_REFUSED}{text}"

@@ -29,6 +29,7 @@ from opd_agents.types import Message, Task, ToolCall, ToolSpec
 # main: by the rollout itself, for fast Python; thread: in a thread of its own, so that waiting for a
 # container, a server or a browser overlaps; process: in one of its own, for slow Python and what may crash.
 RunsIn: TypeAlias = Literal["main", "thread", "process"]
+EMPTY = "(empty)"  # an empty answer, as an agent reads it: no message is without content
 
 
 @dataclass(slots=True)
@@ -310,7 +311,7 @@ class AgentEnv(TaskEnv):
         reply = _Reply(calls=calls)
         for number, call in enumerate(calls):
             try:
-                content = self.call(call)
+                content = self.call(call) or EMPTY
             except ToolError as error:
                 reply.tool_error = reply.tool_error or str(error)
                 content = to_json({"error": str(error)})

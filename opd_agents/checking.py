@@ -19,6 +19,8 @@ from opd_agents.estimate import memory
 from opd_agents.probing import Finding, probe
 from opd_agents.runs import RunFolder
 from opd_agents.session import Session, check_inputs, load_session
+from opd_agents.teachers.aligned import AlignedTeacher
+from opd_agents.teachers.cache import StaleCache
 from opd_agents.teachers.local import ModelTeacher
 from opd_agents.trainer import train_step
 
@@ -60,7 +62,8 @@ def _stage(name: str, config: RunConfig, episodes: int) -> StageCheck:
             check_inputs(config)
             session = load_session(tried := _tried(config, episodes, folder), _folder(tried))
         except OpdError as error:
-            return StageCheck(name, [Finding("inputs", False, str(error))])
+            about = "cache" if isinstance(error, StaleCache) else "inputs"
+            return StageCheck(name, [Finding(about, False, str(error), error)])
         findings += [Finding("inputs", True, "environments, models and plug-ins are there and fit")]
         findings += [*_positions(session), *probe(session)]
         if not StageCheck(name, findings).passed:
@@ -74,7 +77,8 @@ def _stage(name: str, config: RunConfig, episodes: int) -> StageCheck:
             session.references.close()
         seconds = time.perf_counter() - started
     step = seconds * config.rollout.episodes_per_step / tried.rollout.episodes_per_step
-    parts = memory(config, session.model, list(_local_models(session).values()))
+    reader = session.discriminator.reader if session.discriminator else None
+    parts = memory(config, session.model, list(_local_models(session).values()), reader)
     findings += [*_step(row, session), _fits(sum(parts.values()))]
     return StageCheck(name, findings, parts, {"step": step, "run": step * config.trainer.steps})
 
@@ -95,7 +99,8 @@ def _folder(config: RunConfig) -> RunFolder:
 
 def _local_models(session: Session) -> dict[str, PreTrainedModel]:
     teachers = session.references.teachers.items()
-    return {name: teacher.model for name, teacher in teachers if isinstance(teacher, ModelTeacher)}
+    inner = {n: one.teacher if isinstance(one, AlignedTeacher) else one for n, one in teachers}
+    return {name: teacher.model for name, teacher in inner.items() if isinstance(teacher, ModelTeacher)}
 
 
 def _positions(session: Session) -> Iterator[Finding]:

@@ -112,11 +112,20 @@ def _reference_part(part: ReferencePart, inputs: WeightInputs, at: At) -> Tensor
     d = torch.where(inputs.selected | d.isfinite(), d, nothing)
     if part.baseline == "closed_form" and terms.kl is not None:
         kl = torch.where(inputs.selected, terms.kl, nothing)
+    of_tokens = inputs.spans.get(part.reference, torch.arange(len(d)))
+    d, episode, place = _summed(d, inputs.episode, inputs.turn if part.unit == "turn" else of_tokens)
     values = reference_advantages(
-        d, inputs.episode, discount=part.discount, include_now=part.include_now,
+        d, episode, discount=part.discount, include_now=part.include_now,
         length_normalise=part.length_normalise, clip=part.clip, kl=kl,
     )  # fmt: skip
-    return at(part.coef) * weigh(part.gates, inputs, at) * values
+    return at(part.coef) * weigh(part.gates, inputs, at) * values[place]
+
+
+def _summed(d: Tensor, episode: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of each unit's d [units], its episode [units], and the unit of each token, int64 [N]."""
+    _, place, sizes = unit.unique_consecutive(return_inverse=True, return_counts=True)
+    first = sizes.cumsum(0) - sizes
+    return torch.zeros(len(sizes), dtype=d.dtype).index_add(0, place, d), episode[first], place
 
 
 def _reward_part(part: RewardPart, advantage: Tensor, inputs: WeightInputs, at: At) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -23,9 +24,11 @@ def assign_credit(
     composed: Mapping[str, Composed],
     corrections: Mapping[tuple[str, int], str],
     opinions: Opinions = NOTHING_SAID,
+    agreement: Mapping[tuple[str, int], float] = MappingProxyType({}),
 ) -> list[list[Credit]]:
     """One ``Credit`` per turn of each trajectory; ``composed`` are the advantages of policy components,
-    ``corrections`` maps (trajectory uid, turn) to the verdict on a repair, ``opinions`` are a judge's."""
+    ``corrections`` maps (trajectory uid, turn) to the verdict on a repair, ``opinions`` are a judge's,
+    ``agreement`` is by (uid, turn), too."""
     count = packed.per_turn(torch.ones(len(packed.target))).clamp(min=1)
     terms = frozen.references.get("teacher") if frozen else None
     teacher = None if terms is None else packed.per_turn(terms.logprob)
@@ -48,6 +51,7 @@ def assign_credit(
                 score=said.score if said else None,
                 verdict=said.verdict if said else None,
                 reason=said.reason if said else "",
+                agreement=agreement.get((trajectory.uid, index)),
                 correction=corrections.get((trajectory.uid, index)),
                 weight=trajectory.turns[index].weight,
             )

@@ -37,8 +37,8 @@ class Episode:
 @dataclass(frozen=True, slots=True)
 class Start:
     """A branch point: the environment is restored to ``saved``, which is after ``turns`` (inherited, weight
-    0), its noise drawn afresh from the episode's seed, and takes ``action`` first, for which ``context_ids``
-    and ``starts_segment`` are as in its Turn."""
+    0), its noise drawn afresh from the episode's seed, and takes ``action`` first (None: what the policy does
+    there), for which ``context_ids`` and ``starts_segment`` are as in its Turn."""
 
     saved: Snapshot
     branch: Branch
@@ -46,7 +46,7 @@ class Start:
     opening: tuple[Message, ...]
     context_ids: tuple[int, ...]
     starts_segment: bool
-    action: Action
+    action: Action | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,8 @@ class Live:
         self.ids = () if start.starts_segment else segment_ids(self.turns)
         self.starts_segment = start.starts_segment
         self._append(start.context_ids)
-        self._answer(*self._take(start.action))
+        if start.action is not None:
+            self._answer(*self._take(start.action))
 
     def _append(self, ids: tuple[int, ...]) -> None:
         self.context = ids

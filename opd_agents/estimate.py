@@ -19,30 +19,44 @@ CHUNKS = 4  # float32 copies of one chunk's logits: both models', their log-soft
 
 
 def memory(
-    config: RunConfig, student: PreTrainedModel, teachers: Sequence[PreTrainedModel]
+    config: RunConfig,
+    student: PreTrainedModel,
+    teachers: Sequence[PreTrainedModel],
+    discriminator: nn.Module | None = None,
 ) -> dict[str, int]:
-    """Bytes by part, of one process that shards nothing. ``teachers`` are the models beside the student.
+    """Bytes by part, of one process that shards nothing. ``teachers`` are the models beside the student, and
+    a ``discriminator`` counts with all that its own updates keep.
 
     Exact for weights, gradients and the optimizer's state. ``activations`` of one micro-batch are estimated
     from the shapes of the weights, without attention scores, which a fused kernel does not keep. ``cache`` is
     that of all episodes of a step at the longest context that they may have. A sampler or a teacher on a
     server is not counted.
     """
-    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
-    copied = [p for p in trained.values() if torch.finfo(p.dtype).bits < 32]
     own = {id(p) for p in student.parameters()}
     beside = (p for teacher in teachers for p in teacher.parameters() if id(p) not in own)
+    reads = [] if discriminator is None else [p for p in discriminator.parameters() if id(p) not in own]
+    learns = {} if discriminator is None else _updates(config, discriminator)
     parts = {
         "student": _bytes(student.parameters()),
         "teachers": _bytes({id(p): p for p in beside}.values()),
-        "masters": FLOAT32 * sum(p.numel() for p in copied),
-        "gradients": FLOAT32 * sum(p.numel() for p in trained.values()) + _bytes(copied),
-        "optimizer": _optimizer(config, trained),
+        "discriminator": _bytes(reads) + sum(learns.values()),
+        **_updates(config, student),
         "activations": _activations(config, student),
         "logits": CHUNKS * FLOAT32 * CHUNK_ELEMENTS,
         "cache": _cache(config, student),
     }
     return {name: size for name, size in parts.items() if size}
+
+
+def _updates(config: RunConfig, model: nn.Module) -> dict[str, int]:
+    """What stands beside a model's weights to train those that are not frozen."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    copied = [p for p in trained.values() if torch.finfo(p.dtype).bits < 32]
+    return {
+        "masters": FLOAT32 * sum(p.numel() for p in copied),
+        "gradients": FLOAT32 * sum(p.numel() for p in trained.values()) + _bytes(copied),
+        "optimizer": _optimizer(config, trained),
+    }
 
 
 def _bytes(parameters: Iterable[nn.Parameter]) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -14,18 +15,19 @@ from opd_agents import envs
 from opd_agents.batch import Packed, pack
 from opd_agents.composition import Composed, compose, group_numbers, selected, weigh
 from opd_agents.config import Component, Correction, Distill, Policy, Preference
-from opd_agents.correction import Proposed, Repair, correct, earliest_errors, may_be_repaired
+from opd_agents.correction import Proposed, Repair, correct, improbable, may_be_repaired
 from opd_agents.correction.states import Place
 from opd_agents.credit import assign_credit, factors, with_factors
+from opd_agents.discriminator import compared
 from opd_agents.errors import AlignmentError, EnvironmentContractError
 from opd_agents.frozen import FrozenTerms, check_behaviour, frozen_terms
 from opd_agents.judging import NOT_ASKED, Judged, Opinions
-from opd_agents.plugins import load_credit, load_reward
+from opd_agents.plugins import Reward, load_credit, load_reward
 from opd_agents.policies.base import Policy as ActingPolicy
 from opd_agents.policies.models import forward_flops
 from opd_agents.policies.probe import GAPS
 from opd_agents.session import Session
-from opd_agents.teachers import HiddenStates, SampledLogprobs, TeacherSignal, TeacherTopK
+from opd_agents.teachers import HiddenStates, SampledLogprobs, SpanLogprobs, TeacherSignal, TeacherTopK
 from opd_agents.teachers.api import Writable
 from opd_agents.types import ActionFeedback, Actor, Credit, Outcome, Trajectory, Verdict
 from opd_agents.weighting import WeightInputs
@@ -49,8 +51,10 @@ class Experience:
     frozen: FrozenTerms
     owned: Tensor
     repairs: tuple[Repair, ...] = ()
-    feedback: tuple[ActionFeedback, ...] = ()  # a judge's, of the rollouts
+    feedback: tuple[ActionFeedback, ...] = ()  # a judge's, of the rollouts and of alternatives to them
+    agreement: Mapping[tuple[str, int], float] = field(default_factory=dict)  # see Alternatives
     proposed: Judged = NOT_ASKED  # what a judge would have corrected in them
+    likeness: Tensor | None = None  # a discriminator's score of each trajectory (float32 [E]; NaN: of none)
 
     @property
     def rollouts(self) -> tuple[Trajectory, ...]:
@@ -68,9 +72,13 @@ class Experience:
 
 
 def score(
-    session: Session, trajectories: Sequence[Trajectory], feedback: tuple[ActionFeedback, ...] = ()
+    session: Session,
+    trajectories: Sequence[Trajectory],
+    feedback: tuple[ActionFeedback, ...] = (),
+    agreement: Mapping[tuple[str, int], float] = MappingProxyType({}),
 ) -> Experience:
-    """The teacher's signal and the frozen token terms, once per trajectory, beside a judge's ``feedback``.
+    """The teacher's signal and the frozen token terms, once per trajectory, beside a judge's ``feedback`` and
+    the ``agreement`` with another who acted at the same states.
 
     Raises AlignmentError where the trainer's log-probs are not the sampler's, EnvironmentContractError where
     every episode failed.
@@ -95,7 +103,9 @@ def score(
             packed, trajectories, frozen, session.step, **GAPS[config.student.dtype],
             teacher_share=config.rollout.teacher_share,
         )  # fmt: skip
-    return Experience(tuple(trajectories), packed, signals, taught, frozen, owned, feedback=feedback)
+    return Experience(
+        tuple(trajectories), packed, signals, taught, frozen, owned, feedback=feedback, agreement=agreement
+    )
 
 
 def _reads_terms(session: Session, trajectories: Sequence[Trajectory]) -> bool:
@@ -128,6 +138,15 @@ def with_repairs(session: Session, experience: Experience) -> Experience:
     return _joined(replace(experience, proposed=judged), score(session, branches), tuple(repairs))
 
 
+def with_likeness(session: Session, experience: Experience) -> Experience:
+    """The experience, with the scores of the discriminator where there is one, as it is before this step."""
+    discriminator, scored = session.discriminator, compared(experience.trajectories)
+    if discriminator is None:
+        return experience
+    likeness = session.world.from_main(lambda: discriminator.scores(experience.packed, scored))
+    return replace(experience, likeness=likeness)
+
+
 def _proposals(
     session: Session, experience: Experience, settings: Correction
 ) -> tuple[list[Place], ActingPolicy, Judged]:
@@ -135,7 +154,7 @@ def _proposals(
     trajectories = experience.trajectories
     if settings.propose.by == "teacher" and session.teacher is not None:
         logprob, below = experience.frozen.references["teacher"].logprob, settings.propose.below
-        errors = earliest_errors(trajectories, experience.packed, logprob, below)
+        errors = improbable(trajectories, experience.packed, logprob, below)
         return errors, session.teacher.greedy, NOT_ASKED
     failed = [one for one in trajectories if may_be_repaired(one)]
     random = np.random.Generator(
@@ -157,7 +176,7 @@ def _joined(experience: Experience, branches: Experience, repairs: tuple[Repair,
     owned = torch.cat([experience.owned, branches.owned])
     return Experience(
         trajectories, pack(trajectories), signals, taught, frozen, owned, repairs, experience.feedback,
-        experience.proposed,
+        experience.agreement, experience.proposed,
     )  # fmt: skip
 
 
@@ -171,6 +190,10 @@ def _followed(first: TeacherSignal, then: TeacherSignal) -> TeacherSignal:
             return TeacherTopK(*(torch.cat(pair) for pair in pairs))
         case SampledLogprobs(), SampledLogprobs():
             return SampledLogprobs(torch.cat([first.logprobs, then.logprobs]))
+        case SpanLogprobs(), SpanLogprobs():
+            return SpanLogprobs(
+                torch.cat([first.logprobs, then.logprobs]), torch.cat([first.joined, then.joined])
+            )
     raise AlignmentError("A reference gave one kind of signal on rollouts and another on repairs.")
 
 
@@ -207,9 +230,16 @@ def credit(session: Session, experience: Experience) -> Assigned:
                 for n, part in component.rewards.items()
                 if part.reward
             }
+            own |= {n: _likeness(experience) for n, part in component.rewards.items() if part.discriminator}
             composed[name] = compose(component, packed, trajectories, inputs, at, own, opinions)
-    verdicts = {(r.parent.uid, r.turn): "accepted" if r.accepted else "rejected" for r in experience.repairs}
-    credits = assign_credit(packed, trajectories, experience.frozen, composed, verdicts, opinions)
+    verdicts = {
+        (r.parent.uid, r.turn): "accepted" if r.accepted else "rejected"
+        for r in experience.repairs
+        if not r.control
+    }
+    credits = assign_credit(
+        packed, trajectories, experience.frozen, composed, verdicts, opinions, experience.agreement
+    )
     functions = {
         n: load_credit(c.credit, f"loss.components.{n}.credit") for n, c in components.items() if c.credit
     }
@@ -217,6 +247,14 @@ def credit(session: Session, experience: Experience) -> Assigned:
     weights |= {name: weights[name] * factors(packed, credits, name) for name in functions}
     coefs = {name: at(component.coef) for name, component in components.items()}
     return Assigned(coefs, chosen, weights, composed, credits)
+
+
+def _likeness(experience: Experience) -> Reward:
+    """The discriminator's score of a trajectory as its reward; NaN where there is none."""
+    assert experience.likeness is not None  # see with_likeness
+    uids = (trajectory.uid for trajectory in experience.trajectories)
+    known = dict(zip(uids, experience.likeness.tolist(), strict=True))
+    return lambda trajectory: known[trajectory.uid]
 
 
 def _taught(component: Component, experience: Experience) -> Tensor:
@@ -235,11 +273,15 @@ def _weight_inputs(session: Session, experience: Experience, opinions: Opinions)
     said = [opinions.of(trajectories[episode].uid, turn) for episode, turn in packed.turns]
     scores = [math.nan if one is None or one.score is None else float(one.score) for one in said]
     verdicts = [-1 if one is None or one.verdict is None else VERDICTS.index(one.verdict) for one in said]
+    places = [(trajectories[episode].uid, turn) for episode, turn in packed.turns]
+    agreement = [experience.agreement.get(place, math.nan) for place in places]
     return WeightInputs(
         packed.target, packed.turn, packed.episode, torch.ones(len(packed.target), dtype=torch.bool),
         frozen.logprob, frozen.entropy, frozen.references,
+        {name: one.spans for name, one in experience.signals.items() if isinstance(one, SpanLogprobs)},
         group_numbers(trajectories), torch.tensor([t.success for t in trajectories]), torch.tensor(counted),
         session.chat.end_ids, session.chat.token_id,
         torch.tensor(scores, dtype=torch.float32)[packed.turn],
         torch.tensor(verdicts, dtype=torch.int64)[packed.turn],
+        torch.tensor(agreement, dtype=torch.float32)[packed.turn],
     )  # fmt: skip

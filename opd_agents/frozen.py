@@ -22,7 +22,7 @@ from opd_agents.objectives import (
 )
 from opd_agents.policies.mixture import log_mixture
 from opd_agents.policies.models import head, hidden_states
-from opd_agents.teachers import HiddenStates, SampledLogprobs, TeacherSignal, TeacherTopK
+from opd_agents.teachers import HiddenStates, SampledLogprobs, SpanLogprobs, TeacherSignal, TeacherTopK
 from opd_agents.types import Actor, Trajectory
 
 FEW = 32  # tokens, whose mean gap says little
@@ -120,7 +120,7 @@ def _target(signal: TeacherSignal, tokens: Tensor, device: torch.device) -> Targ
         case TeacherTopK():
             columns = (signal.ids, signal.logprobs, signal.sampled)
             return TopKTarget(*(column[tokens].to(device) for column in columns))
-        case SampledLogprobs():
+        case SampledLogprobs() | SpanLogprobs():
             return SampledTarget(signal.logprobs[tokens].to(device))
 
 

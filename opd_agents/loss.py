@@ -226,13 +226,15 @@ def _pairs(
         sides = [torch.zeros(size).index_add(0, packed.episode, m.float()) > 0 for m in (chosen, rejected)]
         return packed.episode, episode_pairs(group_numbers(trajectories), *sides)
     numbers = {(trajectories[e].uid, turn): number for number, (e, turn) in enumerate(packed.turns)}
-    better, worse = (set(packed.turn[side].tolist()) for side in (chosen, rejected))
-    beside = [
-        (numbers[one.uid, one.branch.turn], numbers[one.branch.parent, one.branch.turn])
-        for one in trajectories
-        if one.branch is not None and not one.branch.tried
-    ]
-    return packed.turn, [pair for pair in beside if pair[0] in better and pair[1] in worse]
+    theirs, mine = (set(packed.turn[side].tolist()) for side in (chosen, rejected))
+    pairs = []
+    for one in trajectories:
+        if one.branch is None or one.branch.tried:
+            continue
+        other, own = numbers[one.uid, one.branch.turn], numbers[one.branch.parent, one.branch.turn]
+        if other in theirs and own in mine:
+            pairs.append((other, own) if one.branch.better else (own, other))
+    return packed.turn, pairs
 
 
 def micro_losses(

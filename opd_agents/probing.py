@@ -19,14 +19,19 @@ import torch
 from torch import Tensor
 
 from opd_agents import envs
+from opd_agents.api.client import store_of
+from opd_agents.api.connection import base_url_of, check_reachable
 from opd_agents.batch import pack
 from opd_agents.chat.reasoning import Thought
+from opd_agents.config import Api
 from opd_agents.episode import Episode, Live, segment_ids
 from opd_agents.errors import AlignmentError, OpdError
 from opd_agents.frozen import frozen_terms
 from opd_agents.policies.base import RandomPolicy
 from opd_agents.session import Session
 from opd_agents.tasks import draw_episodes
+from opd_agents.teachers.aligned import AlignedTeacher
+from opd_agents.teaching import settings_of
 from opd_agents.types import Message, ToolSpec, Trajectory, Turn, to_json
 
 TURNS = 2
@@ -53,8 +58,9 @@ class Probe:
 
 
 def probe(session: Session) -> Iterator[Finding]:
-    """Findings on the history and on every reference that scores. What an environment, a template or a
-    teacher raises is a finding, too."""
+    """Findings on endpoints, on the history and on every reference that scores. What an environment, a
+    template or a teacher raises is a finding, too."""
+    yield from _endpoints(session)
     for episode in _first_episodes(session):
         try:
             made = _made_up(session, episode)
@@ -67,6 +73,7 @@ def probe(session: Session) -> Iterator[Finding]:
             continue
         yield _history(session, made)
         if made.trajectory.turns and session.references.needs:
+            yield from _alignments(session, made.trajectory)
             yield from _references(session, made.trajectory)
 
 
@@ -76,6 +83,20 @@ def refuse_misaligned(session: Session) -> None:
         if finding.passed is False:
             raise finding.error or AlignmentError(f"{finding.about}: {finding.says}")
     session.leave_out()
+
+
+def _endpoints(session: Session) -> Iterator[Finding]:
+    """Whether models behind an API are there; not asked where answers are stored, which may be all it
+    takes."""
+    for name, settings in settings_of(session.config).items():
+        if not isinstance(settings, Api) or store_of(settings.endpoint, session.config.folder).exists():
+            continue
+        try:
+            check_reachable(settings.endpoint)
+        except OpdError as error:
+            yield Finding(name, False, str(error), error)
+        else:
+            yield Finding(name, True, f"{base_url_of(settings.endpoint)} answers")
 
 
 def _first_episodes(session: Session) -> list[Episode]:
@@ -138,6 +159,27 @@ def _difference(shown: str, rendered: str) -> str:
     return f"{shown[around]!r} where the chat template writes {rendered[around]!r}"
 
 
+def _alignments(session: Session, trajectory: Trajectory) -> Iterator[Finding]:
+    """What teachers with another tokenizer can be asked about; all of these actions are plain calls."""
+    for name, teacher in session.references.teachers.items():
+        if not (isinstance(teacher, AlignedTeacher) and name in session.references.needs):
+            continue
+        try:
+            found = teacher.aligner.align([trajectory])
+        except OpdError as error:
+            yield Finding(name, False, str(error), error)
+            continue
+        spans, tokens = len(found.ours[found.ours >= 0].unique()), len(found.ours)
+        says = f"its tokens and the student's have {spans} spans in common, of {tokens} action tokens"
+        if found.left_out:
+            reasons = ", ".join(f"{count} for {why}" for why, count in found.left_out.items())
+            says += (
+                f"; without a span are {reasons}. The two chats must write and read one syntax of calls"
+                " (chat.syntax) and mark thoughts alike"
+            )
+        yield Finding(name, not found.left_out, says)
+
+
 def _references(session: Session, trajectory: Trajectory) -> Iterator[Finding]:
     try:
         plain = _logprobs(session, trajectory)
@@ -148,9 +190,13 @@ def _references(session: Session, trajectory: Trajectory) -> Iterator[Finding]:
     action = _logprobs(session, _with(trajectory, len(turns) - 1, _other_action(session, turns[-1])))
     heard = {}
     if len(turns) > 1 and not turns[1].starts_segment:
-        heard = _logprobs(session, _with(trajectory, 1, _other_context(session, turns[1])))
+        other = _with(trajectory, 1, _other_context(session, turns[1]))
+        heard = _logprobs(session, _with(other, 0, _other_answer(turns[0])))
     first = sum(turn.n_chosen for turn in turns[:-1])  # the action token that was changed
     for name, values in plain.items():
+        if name not in action:
+            yield Finding(name, None, "not asked about another action token, which is of no span")
+            continue
         problem = _values_wrong(values) or _order_wrong(
             values,
             action[name],
@@ -224,6 +270,12 @@ def _other_context(session: Session, turn: Turn) -> Turn:
     ids = list(turn.context_ids)
     ids[len(ids) // 2] = _other_id(session, ids[len(ids) // 2])
     return dataclasses.replace(turn, context_ids=tuple(ids))
+
+
+def _other_answer(turn: Turn) -> Turn:
+    """The same for who reads messages and not ids."""
+    messages = tuple(dataclasses.replace(m, content=f"{m.content} {m.content}") for m in turn.messages)
+    return dataclasses.replace(turn, messages=messages)
 
 
 def _other_id(session: Session, id: int) -> int:

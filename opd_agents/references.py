@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,10 +28,12 @@ from opd_agents.errors import ConfigError
 from opd_agents.judging.judge import Asks, Judging
 from opd_agents.recordings import Recordings
 from opd_agents.teachers import Teacher, TeacherSignal
+from opd_agents.teachers.aligned import AlignedTeacher
 from opd_agents.teachers.api import ApiTeacher
 from opd_agents.teachers.base import check_aligned
 from opd_agents.teachers.cached import CachedTeacher
 from opd_agents.teachers.conditioning import Conditioner
+from opd_agents.teachers.debate import Debaters
 from opd_agents.teachers.ensemble import EnsembleTeacher
 from opd_agents.teachers.self_teacher import CopyTeacher, SameModelTeacher
 from opd_agents.teaching import make_single, needs_of, parts_of, place, settings_of
@@ -42,7 +45,8 @@ FILE = Path("teachers") / "weights.safetensors"
 
 class References:
     """``teachers`` by name, `teacher` first among them; ``needs``: what the loss needs of which. ``singles``
-    are the same with the members of ensembles in their place, as `teacher.NAME`.
+    are the same with the members of ensembles in their place, as `teacher.NAME`. ``seconds``: spent on
+    scoring, so far.
 
     Self teachers follow the student: see :meth:`after_update` and :meth:`after_step`. Raises UserError for a
     model that cannot be loaded or does not fit the ``student`` and its ``chat``.
@@ -50,9 +54,11 @@ class References:
 
     def __init__(self, config: RunConfig, student: PreTrainedModel, chat: Chat) -> None:
         self.needs = needs_of(config)
+        self.seconds = 0.0
         self.teachers: dict[str, Teacher] = {}
         self.singles: dict[str, Teacher] = {}
         self.conditioners: dict[str, Conditioner] = {}
+        self.debates: dict[str, Debaters] = {}
         rollout = config.rollout
         limits = Limits(
             max_turns=rollout.max_turns, step_timeout=rollout.step_timeout,
@@ -68,6 +74,9 @@ class References:
             if isinstance(settings, Ensemble):
                 members = {n: self.singles[f"{name}.{n}"] for n in settings.members}
                 self.teachers[name] = EnsembleTeacher(settings, members, rollout.temperature)
+                if settings.debate is not None:
+                    speaking = {member: teacher.greedy for member, teacher in members.items()}
+                    self.debates[name] = Debaters(settings.debate, chat, speaking, limits)
             else:
                 self.teachers[name] = self.singles[name]
 
@@ -78,11 +87,14 @@ class References:
         ``owned`` (bool [N]); and of those with conditioning or weights the tokens (bool [N], the same on
         every rank) that they had something to say about: on others there is no signal. Raises AlignmentError
         for a signal of other tokens or another type."""
+        started = time.perf_counter()
         signals: dict[str, TeacherSignal] = {}
         taught: dict[str, Tensor] = {}
 
-        def ask(name: str, needs: frozenset[Need], where: Tensor | None = None) -> None:
-            asked, keep, teacher = packed, owned, self.singles[name]
+        def ask(
+            name: str, needs: frozenset[Need], where: Tensor | None = None, asked: Packed = packed
+        ) -> None:
+            keep, teacher = owned, self.singles[name]
             if where is not None:
                 taught[name] = where
             if name in self.conditioners:
@@ -90,7 +102,10 @@ class References:
                 taught[name] = heard & taught.get(name, heard)
             if name in taught:
                 keep = owned & taught[name]
-            signals[name] = teacher.score(asked, max_tokens, keep)
+            if isinstance(teacher, AlignedTeacher):
+                signals[name], taught[name] = teacher.score_episodes(packed, trajectories, max_tokens, keep)
+            else:
+                signals[name] = teacher.score(asked, max_tokens, keep)
             check_aligned(place(name), signals[name], teacher.can, needs, len(packed.target))
 
         for name, needs in self.needs.items():
@@ -98,13 +113,18 @@ class References:
                 ask(name, needs)
                 continue
             members = {member: f"{name}.{member}" for member in ensemble.members}
-            weights = ensemble.weights(trajectories)[packed.episode]
+            shares, told_rows = ensemble.weights(trajectories), packed
+            if name in self.debates:
+                told_rows, confident = self.debates[name].condition(packed, trajectories)
+                shares = shares * confident
+            weights = shares[packed.episode]
             for index, member in enumerate(members.values()):
-                ask(member, frozenset({"sampled"}), weights[:, index] > 0)
+                ask(member, frozenset({"sampled"}), weights[:, index] > 0, told_rows)
             weights = weights * torch.stack([taught[member] for member in members.values()], -1)
             told = {member: signals[part] for member, part in members.items()}
             signals[name], taught[name] = ensemble.mixed(told, weights, packed.target), weights.sum(-1) > 0
             check_aligned(place(name), signals[name], ensemble.can, needs, len(packed.target))
+        self.seconds += time.perf_counter() - started
         return signals, taught
 
     def fill_caches(self, recordings: Recordings, max_tokens: int, world: World) -> None:
@@ -172,7 +192,8 @@ class References:
     def check(self, episodes: Iterable[Episode]) -> None:
         """Raise ConfigError where the template cannot carry a teacher's context into these episodes."""
         for episode in episodes:
-            for conditioner in self.conditioners.values():
+            debates = [debate.conditioner for debate in self.debates.values()]
+            for conditioner in (*self.conditioners.values(), *debates):
                 conditioner.check(episode)
 
     def save(self, checkpoint: Path) -> None:

@@ -21,11 +21,12 @@ from opd_agents.config import EnvironmentSource, Recorded, RunConfig, SignedSche
 from opd_agents.config.needs import weights_of
 from opd_agents.config.weights import WithoutTokens
 from opd_agents.correction import Alternatives, act_otherwise
+from opd_agents.discriminator import Discriminator, make_discriminator
 from opd_agents.distributed import ALONE, World
 from opd_agents.episode import Episode, Limits
 from opd_agents.errors import CheckpointError, ConfigError, RunFolderError
 from opd_agents.evaluation import load_suite
-from opd_agents.judging import NOT_ASKED, Judged, judge_corrections, judge_episodes
+from opd_agents.judging import NOT_ASKED, Judged, judge_corrections, judge_episodes, judge_preferences
 from opd_agents.optimizers import ModelOptimizer
 from opd_agents.plugins import load_object
 from opd_agents.policies import ExpertPolicy, MixturePolicy, Policy
@@ -49,7 +50,7 @@ from opd_agents.teachers.local import ModelTeacher
 from opd_agents.teaching import check_references
 from opd_agents.types import SpanKind, Trajectory, to_json
 
-TOTALS = ("generated_tokens", "correction_tokens", "teacher_tokens", "flops", "seconds")
+TOTALS = ("generated_tokens", "correction_tokens", "teacher_tokens", "teacher_seconds", "flops", "seconds")
 EVALUATION_METRICS = ("eval/success", "eval/success_low", "eval/success_high", "eval/success_greedy")
 
 
@@ -67,6 +68,7 @@ class Session:
     recordings: Recordings | None
     trained: Trained  # what the updates change: ``model`` itself, or its copy divided among the ranks
     world: World
+    discriminator: Discriminator | None  # on the main rank alone it reads and learns
     step: int = 0
     updates: int = 0
     totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TOTALS, 0))
@@ -78,7 +80,7 @@ class Session:
         self.policies = self._policies()
         self._schedules, self._adaptive = schedules_in(self.config), adaptive_schedules(self.config)
         # of the counters below, in the totals already
-        nothing: dict[str, float] = {"teacher_tokens": 0, "flops": 0}
+        nothing: dict[str, float] = {"teacher_tokens": 0, "teacher_seconds": 0, "flops": 0}
         self._counted = nothing | dict.fromkeys(self.references.api_counts, 0)
         self.totals |= dict.fromkeys(self.references.api_counts, 0)
 
@@ -110,10 +112,23 @@ class Session:
         extra, stream = self.config.rollout.alternatives, (self.config.seed, self.step)
         if extra is None:
             return Alternatives()
-        return act_otherwise(
+        found = act_otherwise(
             trajectories, extra.states, self.policies[extra.actor], stream=stream, make=envs.launch,
-            chat=self.chat, limits=self.limits, world=self.world,
+            chat=self.chat, limits=self.limits, samples=extra.samples, world=self.world,
         )  # fmt: skip
+        settings = self.config.judge
+        if extra.preferred_by != "judge" or settings is None:
+            return found
+        asks, episodes = self.references.asks(settings.by), {one.uid: one for one in trajectories}
+
+        def parent_of(other: Trajectory) -> Trajectory:
+            return episodes[other.branch.parent if other.branch else other.uid]
+
+        return found.judged(
+            self.world.from_main(
+                lambda: judge_preferences(asks, settings, found.trajectories, parent_of, tools_of)
+            )
+        )
 
     def judge(self, trajectories: Sequence[Trajectory]) -> Judged:
         """What the judge says of the student's episodes in this step, if there is one."""
@@ -181,9 +196,11 @@ class Session:
 
     @property
     def learning_rate(self) -> float:
-        trainer = self.config.trainer
-        warmup = min(1.0, (self.step + 1) / (trainer.warmup_steps + 1))
-        return warmup * value_at(trainer.learning_rate, self.clock)
+        return self.warmed_up(self.config.trainer.learning_rate)
+
+    def warmed_up(self, rate: SignedScheduled) -> float:
+        """A learning rate at this step."""
+        return min(1.0, (self.step + 1) / (self.config.trainer.warmup_steps + 1)) * self.at(rate)
 
     def optimizer_step(self) -> None:
         self.optimizer.step(self.learning_rate)
@@ -208,7 +225,9 @@ class Session:
 
     def _spent(self) -> dict[str, float]:
         flops = self.student_sampler.flops + self.references.flops
-        return {"teacher_tokens": self.references.tokens, "flops": flops} | self.references.api_counts
+        flops += self.discriminator.flops if self.discriminator else 0
+        scoring = {"teacher_tokens": self.references.tokens, "teacher_seconds": self.references.seconds}
+        return {**scoring, "flops": flops} | self.references.api_counts
 
     def leave_out(self) -> None:
         """What the models were used for since the last step was no training, and counts nowhere."""
@@ -248,6 +267,8 @@ class Session:
         with (folder / "optimizer.pt").open("wb") as file:  # a file, so that a full disk is told as one
             torch.save(optimizer_state, file)
         self.references.save(folder)
+        if self.discriminator is not None:
+            self.discriminator.save(folder)
         counts = {"step": self.step, "updates": self.updates, "totals": self.totals}
         state = counts | {"evaluation_at_start": self.evaluation_at_start, "evaluation": self.evaluation}
         state |= {"data_sizes": self.data_sizes, "adapted": self.adapted}
@@ -259,6 +280,8 @@ class Session:
             state = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
             optimizer_state = torch.load(folder / "optimizer.pt", map_location="cpu")
             self.references.load(folder)
+            if self.discriminator is not None:
+                self.discriminator.load(folder)
         except Exception as error:  # of torch, pickle and json: whatever a broken file makes them raise
             raise CheckpointError(
                 f"{folder} is not whole ({type(error).__name__}), so the run cannot go on from it. Remove it "
@@ -269,7 +292,8 @@ class Session:
                 f"{folder}: the run drew from data of {state['data_sizes']} tasks or conversations, which "
                 f"now has {self.data_sizes}. Put the files back as they were, or start another run."
             )
-        self.step, self.updates, self.totals = state["step"], state["updates"], state["totals"]
+        self.step, self.updates = state["step"], state["updates"]
+        self.totals |= state["totals"]  # of a run of before, some counters are missing
         self.evaluation_at_start, self.evaluation = state["evaluation_at_start"], state["evaluation"]
         self.adapted = state["adapted"]
         self.optimizer.load_state_dict(optimizer_state)
@@ -297,6 +321,8 @@ def check_inputs(config: RunConfig) -> None:
             )
     check_experts(config)
     check_references(config)
+    if config.discriminator and config.discriminator.model:
+        load_tokenizer(newest_checkpoint(config.discriminator.model))
     student = config.student
     path = student.build.tokenizer if student.build else student.model
     if path and not checkpoints_in(config.folder):
@@ -329,6 +355,7 @@ def load_session(config: RunConfig, folder: RunFolder, world: World = ALONE) -> 
         config, folder, model, tokenizer, chat, references, split_sizes(config.environments),
         ModelOptimizer(trained.model, config.trainer.optimizer, config.trainer.weight_decay),
         make_sampler(config, model, chat, sends=world.is_main), recordings, trained, world,
+        make_discriminator(config, model, chat),
     )  # fmt: skip
     _check_conversations(session)
     if checkpoints:

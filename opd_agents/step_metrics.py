@@ -11,10 +11,12 @@ from torch import Tensor
 
 from opd_agents.config import Recorded
 from opd_agents.correction import Repair
+from opd_agents.correction.evidence import Evidence, false_verdicts
 from opd_agents.evaluation.metrics import invalid_calls
 from opd_agents.experience import Assigned, Experience
 from opd_agents.runs import trajectory_row
 from opd_agents.session import Session
+from opd_agents.teachers import SpanLogprobs
 from opd_agents.types import ActionFeedback, Actor, Credit, Outcome, SpanKind, StopReason, Trajectory
 
 
@@ -30,9 +32,12 @@ def step_metrics(
     ``distill/kl_think`` (call, text, special) that per token of one kind of span, ``recorded/kl`` that per
     recorded token; of a teacher that tells log-probs only, ``distill/log_ratio`` is the mean log q - log p of
     the student's tokens, which estimates it. Of another reference it is ``kl/NAME`` or ``log_ratio/NAME``.
-    ``rollout/think_tokens`` and the like count what models wrote in
+    ``taught/NAME`` is the share of the student's tokens that a reference of some of them only (one that is
+    told more, one with routes, one with another tokenizer) had something to say about, ``span_tokens/NAME``
+    how many of them a span has on average. ``rollout/think_tokens`` and the like count what models wrote in
     this step's episodes, ``rollout/forced_tokens`` what a thinking budget put there beside it; ``api/...`` is
-    what this step asked of API teachers, see :class:`opd_agents.api.ApiClient`."""
+    what this step asked of API teachers, see :class:`opd_agents.api.ApiClient`. Of ``seconds``, which are
+    this rank's, the references' scoring took ``teacher_seconds``, added up over the ranks."""
     rolled, repairs = experience.rollouts, experience.repairs
     generated = session.totals["generated_tokens"] - before["generated_tokens"]
     row: dict[str, Any] = {
@@ -49,8 +54,7 @@ def step_metrics(
     row |= _advantages(experience, assigned)
     if session.config.correction is not None:
         row |= {
-            "correction/proposed": len(repairs),
-            "correction/accepted": sum(repair.accepted for repair in repairs),
+            **_repairs(repairs),
             "correction/token_share": session.totals["correction_tokens"]
             / max(1.0, session.totals["generated_tokens"]),
         }
@@ -58,14 +62,13 @@ def step_metrics(
             judged = experience.proposed
             row |= {"correction/asked": judged.asked, "correction/failed": judged.failed}
             row |= {"correction/leaked": judged.leaked}
-        gains = [repair.success_repair - repair.success_student for repair in repairs]
-        row["correction/gain"] = sum(gains) / len(gains) if gains else None
     totals = {key: value for key, value in session.totals.items() if key != "seconds"}
     for key, value in totals.items():
         if value or not key.startswith(("api/retries/", "api/failures/")):  # only what did go wrong
             row |= {f"total/{key}": value} | ({key: value - before[key]} if key.startswith("api/") else {})
     return row | {
         "seconds": seconds,
+        "teacher_seconds": session.totals["teacher_seconds"] - before["teacher_seconds"],
         "total/seconds": session.totals["seconds"] + seconds,
         "tokens_per_second": generated / seconds,
     }
@@ -77,6 +80,11 @@ def _distances(experience: Experience, *, recorded: bool) -> dict[str, float | N
     student = _of_actor(experience, Actor.STUDENT)
     for name, terms in experience.frozen.references.items():
         own, taught = name == "teacher", experience.taught.get(name, torch.ones_like(student))
+        if name in experience.taught:
+            row[f"taught/{name}"] = _mean(taught.float(), student)
+        if isinstance(signal := experience.signals[name], SpanLogprobs):
+            heard = student & taught
+            row[f"span_tokens/{name}"] = int(heard.sum()) / max(1, int((heard & ~signal.joined).sum()))
         if terms.kl is None:
             key = "distill/log_ratio" if own else f"log_ratio/{name}"
             row[key] = _mean(experience.frozen.logprob - terms.logprob, student & taught)
@@ -181,6 +189,30 @@ def trajectory_rows(experience: Experience, credits: Sequence[Sequence[Credit]])
     ]
 
 
+def _repairs(repairs: Sequence[Repair]) -> dict[str, float | None]:
+    """What was proposed and accepted; of the controls, random actions, too. The gain is what audits of
+    accepted repairs found, in success rate, over their best rival."""
+    meant, controls = (
+        [repair for repair in repairs if repair.control is control] for control in (False, True)
+    )
+    audited = [(repair.accepted, repair.audit) for repair in meant if repair.audit is not None]
+    gains = [found.gain for accepted, found in audited if accepted and found.gain is not None]
+    wrong = false_verdicts(audited)
+    return {
+        "correction/proposed": len(meant),
+        "correction/accepted": sum(repair.accepted for repair in meant),
+        "correction/rollouts": sum(
+            arm.played for one in repairs for arm in (one.evidence.repair, *one.evidence.rivals.values())
+        ),
+        "correction/controls": len(controls),
+        "correction/controls_accepted": sum(repair.accepted for repair in controls),
+        "correction/audited": len(audited),
+        "correction/audited_gain": sum(gains) / len(gains) if gains else None,
+        "correction/falsely_accepted": wrong[0],
+        "correction/falsely_rejected": wrong[1],
+    }
+
+
 def _repair_row(trajectory: Trajectory, repairs: Sequence[Repair]) -> dict[str, Any] | None:
     """What was tried on this episode, if anything."""
     for repair in repairs:
@@ -190,8 +222,14 @@ def _repair_row(trajectory: Trajectory, repairs: Sequence[Repair]) -> dict[str, 
                 "accepted": repair.accepted,
                 "student_action": trajectory.turns[repair.turn].action,
                 "teacher_action": repair.teacher_action,
-                "trials": repair.trials,
-                "success_student": repair.success_student,
-                "success_repair": repair.success_repair,
+                "evidence": evidence_row(repair.evidence),
+                "audit": repair.audit and evidence_row(repair.audit),
+                "control": repair.control,
             }
     return None
+
+
+def evidence_row(evidence: Evidence) -> dict[str, Any]:
+    """[successes, rollouts] of each arm, and the probability that the repair is the best."""
+    arms = {"repair": evidence.repair, **evidence.rivals}
+    return {name: [arm.wins, arm.played] for name, arm in arms.items()} | {"better": evidence.better}

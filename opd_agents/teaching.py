@@ -23,6 +23,7 @@ from opd_agents.config import (
     Single,
     Vllm,
     conditioning_of,
+    is_aligned,
     sections_in,
 )
 from opd_agents.config import Teacher as TeacherSettings
@@ -33,6 +34,7 @@ from opd_agents.policies.fingerprint import fingerprint
 from opd_agents.policies.models import load_tokenizer
 from opd_agents.runs import newest_checkpoint
 from opd_agents.teachers import Capability, Teacher
+from opd_agents.teachers.aligned import AlignedTeacher, Aligner, own_chat
 from opd_agents.teachers.api import ApiTeacher
 from opd_agents.teachers.base import check_acts, check_serves, listed
 from opd_agents.teachers.cache import Index, open_cache, read_index
@@ -83,6 +85,11 @@ def make_single(
     model that cannot be loaded or does not fit the ``student`` and its ``chat``."""
     temperature = config.rollout.temperature
     match settings:
+        case Local(align="bytes", model=str(model)) | Vllm(align="bytes", model=model):
+            own = own_chat(newest_checkpoint(model), chat)
+            alone = settings.model_copy(update={"align": None})
+            teacher = make_single(name, alone, config, student, own, None)
+            return AlignedTeacher(teacher, Aligner(chat, own))
         case Api():
             return ApiTeacher(settings, chat, store=store_of(settings.endpoint, config.folder))
         case Cached():
@@ -115,13 +122,15 @@ def make_single(
             path = newest_checkpoint(str(settings.model))
             dtype = settings.dtype or config.student.dtype
             return LocalTeacher(path, chat, dtype=dtype, temperature=temperature, conditioner=conditioner)
-    own = settings.model  # not always a checkpoint: what it is, its class knows
-    own = newest_checkpoint(own) if own and Path(own).exists() else own
-    return make_teacher(place(name), settings, own, chat, temperature=temperature)
+    given = settings.model  # not always a checkpoint: what it is, its class knows
+    given = newest_checkpoint(given) if given and Path(given).exists() else given
+    return make_teacher(place(name), settings, given, chat, temperature=temperature)
 
 
 def capabilities_of(name: str, settings: TeacherSettings) -> frozenset[Capability]:
     """What the teacher of a section will be able to. Raises UserError for a class that cannot be imported."""
+    if is_aligned(settings):
+        return AlignedTeacher.can
     match settings:
         case Api():
             return ApiTeacher.can
@@ -177,8 +186,12 @@ def check_references(config: RunConfig) -> None:
                     f"{where}.conditioning.sources: expert, but none of the environments has a scripted"
                     " expert; take another source."
                 )
-        able, what = capabilities_of(name, settings), f"{place(name)} (kind {settings.kind})"
+        kind = f"kind {settings.kind}{', align: bytes' if is_aligned(settings) else ''}"
+        able, what = capabilities_of(name, settings), f"{place(name)} ({kind})"
         check_serves(what, able, needs.get(name, frozenset()))
+        if isinstance(settings, Ensemble) and settings.debate is not None:
+            for part, member in parts_of(name, settings).items():
+                check_acts(f"{place(part)} (kind {member.kind})", capabilities_of(part, member), "debate")
         for key in asked_to_act(config) if name == "teacher" else ():
             check_acts(what, able, key)
         if config.judge is not None and config.judge.by == name and Capability.JUDGE not in able:

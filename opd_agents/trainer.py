@@ -18,7 +18,7 @@ from opd_agents.distributed import World, join_world
 from opd_agents.errors import BudgetSpent
 from opd_agents.evaluation import load_suite, run_suite, summarise
 from opd_agents.evaluation.evaluate import model_contestant
-from opd_agents.experience import credit, score, with_repairs
+from opd_agents.experience import credit, score, with_likeness, with_repairs
 from opd_agents.playing import play_step
 from opd_agents.probing import refuse_misaligned
 from opd_agents.progress import Interrupted, StopSignal, progress_bar
@@ -27,7 +27,7 @@ from opd_agents.runs import BEST, RunFolder, latest_checkpoint
 from opd_agents.session import Session, check_inputs, load_session
 from opd_agents.step_metrics import step_metrics, trajectory_rows
 from opd_agents.types import Actor
-from opd_agents.updates import update
+from opd_agents.updates import update, update_discriminator
 
 
 def train(config: RunConfig, *, resume: bool = False, probes: bool = True) -> Path:
@@ -181,10 +181,12 @@ def train_step(session: Session) -> dict[str, Any]:
     trajectories, otherwise = played.trajectories, session.alternatives(played.trajectories)
     if session.recordings is not None:
         trajectories = sorted(trajectories + session.recordings.draw(session.step), key=lambda t: t.uid)
-    scored = score(session, [*trajectories, *otherwise.trajectories], played.judged.feedback)
-    experience = with_repairs(session, scored)
+    said = played.judged.feedback + otherwise.preferred.feedback
+    scored = score(session, [*trajectories, *otherwise.trajectories], said, otherwise.agreement)
+    experience = with_likeness(session, with_repairs(session, scored))
     assigned, scheduled = session.world.from_main(lambda: credit(session, experience)), session.scheduled()
     losses = update(session, experience, assigned)
+    told_apart = update_discriminator(session, experience)
     session.advance(
         generated_tokens=sum(t.n_action_tokens for t in played.trajectories) + played.discarded_tokens,
         correction_tokens=sum(repair.tokens for repair in experience.repairs),
@@ -194,6 +196,7 @@ def train_step(session: Session) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     row = step_metrics(session, experience, assigned, losses, before, seconds)
     row |= played.metrics(config) | (otherwise.metrics() if config.rollout.alternatives else {}) | scheduled
+    row |= told_apart
     if config.evaluation and session.step % config.evaluation.every == 0:
         session.evaluation = evaluate_session(session)
         row |= session.evaluation_row()

@@ -114,11 +114,13 @@ class Task:
 @dataclass(frozen=True, slots=True)
 class Branch:
     """Where a trajectory left its parent episode: before turn ``turn`` (0-based). One that was not ``tried``
-    ends with what another would have done there, and no environment has seen it."""
+    ends with what another would have done there, and no environment has seen it; ``better``: than what was
+    done, as is taken for granted of another, or as a judge says."""
 
     parent: str
     turn: int
     tried: bool = True
+    better: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +241,8 @@ class Credit:
     ``kl_sum`` and ``kl_mean`` are KL(student || teacher) in nats over the action's tokens at the
     policy that sampled it; ``advantage`` maps `component.part` to the mean over the action's tokens of that
     part of the component's advantage; ``score``, ``verdict`` and ``reason`` are a judge's, of the action or
-    else of its episode; ``correction`` is the verdict on a repair proposed at this action; ``weight`` is the
+    else of its episode; ``agreement`` is the share of another's actions at its state that are this one;
+    ``correction`` is the verdict on a repair proposed at this action; ``weight`` is the
     final weight of the action's tokens in every component, which ``factors`` multiply in those that have a
     credit function.
     """
@@ -251,6 +254,7 @@ class Credit:
     score: int | None = None
     verdict: Verdict | None = None
     reason: str = ""
+    agreement: float | None = None
     correction: str | None = None
     weight: float = 1.0
     factors: Mapping[str, float] = field(default_factory=dict)

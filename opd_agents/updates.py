@@ -16,6 +16,7 @@ from opd_agents.batch import EMPTY, MicroBatch, Packed
 from opd_agents.composition import source_of
 from opd_agents.config import Component, Preference
 from opd_agents.config.needs import selects_of
+from opd_agents.discriminator import teacher_student_pairs
 from opd_agents.errors import AlignmentError, ConfigError
 from opd_agents.experience import Assigned, Experience
 from opd_agents.loss import Plan, looks_beyond, micro_losses, plan
@@ -62,6 +63,17 @@ def update(session: Session, experience: Experience, assigned: Assigned) -> dict
     return {key: float(np.mean(values)) for key, values in measured.items()}
 
 
+def update_discriminator(session: Session, experience: Experience) -> dict[str, float | None]:
+    """One update of the discriminator, if there is one, on all pairs of the step; its metrics."""
+    discriminator, likeness, packed = session.discriminator, experience.likeness, experience.packed
+    if discriminator is None or likeness is None or session.config.discriminator is None:
+        return {}
+    pairs = teacher_student_pairs(experience.trajectories, ~likeness.isnan())
+    own = session.config.discriminator.learning_rate
+    rate = session.learning_rate if own is None else session.warmed_up(own)
+    return session.world.from_main(lambda: discriminator.learn(packed, likeness, pairs, rate))
+
+
 def _refuse_empty(components: Mapping[str, Component], packed: Packed) -> None:
     """A loss that can see no token would silently train nothing. A later step may lack what a loss looks for,
     as may any an outcome, demonstrations, repairs, whatever a teacher could tell."""
@@ -75,19 +87,18 @@ def _refuse_empty(components: Mapping[str, Component], packed: Packed) -> None:
 
 
 def minibatches(session: Session, experience: Experience) -> Iterator[Tensor]:
-    """Token masks that deal out the trajectories, and separately the repaired ones, evenly and at random;
-    whole groups where a component compares their episodes with each other, and alternatives with the episodes
-    that they are of."""
+    """Token masks that deal out the trajectories evenly and at random, separately those of each source; whole
+    groups, demonstrations included, where a component compares their episodes with each other, and
+    alternatives with the episodes that they are of."""
     updates, config = session.config.trainer.updates_per_step, session.config
     random = np.random.Generator(np.random.Philox(key=[config.seed, session.step], counter=[0, 0, 2, 2**63]))
     paired = any(isinstance(component, Preference) for component in config.loss.components.values())
     trajectories = experience.trajectories
     share = torch.empty(len(trajectories), dtype=torch.int64)
     kinds = [source_of(trajectory) for trajectory in trajectories]
-    for repaired in (False, True):
-        mine = [
-            i for i, kind in enumerate(kinds) if kind != "alternative" and (kind == "correction") == repaired
-        ]
+    together = ("rollout", "demonstration")
+    for sources in (together, ("correction",)) if paired else ((one,) for one in (*together, "correction")):
+        mine = [i for i, kind in enumerate(kinds) if kind in sources]
         units: dict[str | int, list[int]] = {}
         for i in mine:
             units.setdefault((paired and trajectories[i].group) or i, []).append(i)

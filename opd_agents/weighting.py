@@ -18,6 +18,7 @@ from torch import Tensor
 from opd_agents.config import Scheduled
 from opd_agents.config.weights import (
     Accepted,
+    ActionAgreement,
     Agreement,
     GroupFailed,
     KLCollapse,
@@ -52,11 +53,13 @@ class WeightInputs:
 
     ``target``, ``turn`` (numbered over the batch, in order of time) and ``episode`` are int64 [N],
     ``selected`` is bool [N]: the tokens that the component sees. ``logprob`` and ``entropy`` [N] are the
-    student's, ``references`` has what each reference says. Of episodes: ``group`` int64 [E] (-1: of none),
-    ``success`` bool [E], and ``counted`` bool [E], the student's own rollouts, which a group's success rate
-    is of. ``end_ids`` end a turn; ``token_id`` of a text raises ConfigError where it is not one token.
-    ``score`` [N] is a judge's of the token's action, 0 to 9 (NaN: none), ``verdict`` int64 [N] the place of
-    its verdict in `Verdict` (-1: none).
+    student's, ``references`` has what each reference says, and of those that say it of whole spans of tokens,
+    in equal shares, ``spans`` the span of each token (int64 [N], in order of time). Of episodes: ``group``
+    int64 [E] (-1: of none), ``success`` bool [E], and ``counted`` bool [E], the student's own rollouts, which
+    a group's success rate is of. ``end_ids`` end a turn; ``token_id`` of a text raises ConfigError where it
+    is not one token. ``score`` [N] is a judge's of the token's action, 0 to 9 (NaN: none), ``verdict`` int64
+    [N] the place of its verdict in `Verdict` (-1: none), ``agreement`` [N] the share of another's samples at
+    the action's state that are this action (NaN: it was not asked there).
 
     Raises AlignmentError where shapes differ or a log-prob or an entropy is in half precision.
     """
@@ -68,6 +71,7 @@ class WeightInputs:
     logprob: Tensor
     entropy: Tensor
     references: Mapping[str, ReferenceTerms]
+    spans: Mapping[str, Tensor]
     group: Tensor
     success: Tensor
     counted: Tensor
@@ -75,11 +79,12 @@ class WeightInputs:
     token_id: Callable[[str], int]
     score: Tensor
     verdict: Tensor
+    agreement: Tensor
 
     def __post_init__(self) -> None:
         rows = {"target": self.target, "turn": self.turn, "episode": self.episode, "selected": self.selected}
         rows |= {"logprob": self.logprob, "entropy": self.entropy}
-        rows |= {"score": self.score, "verdict": self.verdict}
+        rows |= {"score": self.score, "verdict": self.verdict, "agreement": self.agreement}
         for name, terms in self.references.items():
             columns = zip(terms._fields, terms, strict=True)
             rows |= {f"{field} of {name}": column for field, column in columns if column is not None}
@@ -99,7 +104,8 @@ class WeightInputs:
         return dataclasses.replace(
             self, target=self.target[chosen], turn=self.turn[chosen], episode=self.episode[chosen],
             selected=self.selected[chosen], logprob=self.logprob[chosen], entropy=self.entropy[chosen],
-            references=references, score=self.score[chosen], verdict=self.verdict[chosen],
+            references=references, spans={name: spans[chosen] for name, spans in self.spans.items()},
+            score=self.score[chosen], verdict=self.verdict[chosen], agreement=self.agreement[chosen],
         )  # fmt: skip
 
     def gap(self, reference: str) -> Tensor:
@@ -163,6 +169,9 @@ def factor(
         case VerdictWeight():
             by_verdict = [*(vars(weight)[verdict] for verdict in Verdict), weight.unjudged]
             values = torch.tensor(by_verdict)[own.verdict]
+        case ActionAgreement():
+            share = 1 - own.agreement if weight.inverted else own.agreement
+            values = share.where(~share.isnan(), weight.unasked)
         case _:
             values = _of_tokens(weight, own)
     result = torch.zeros(len(chosen), dtype=torch.promote_types(inputs.logprob.dtype, torch.float32))

@@ -4,9 +4,18 @@ from opd_agents.teachers.base import (
     Capability,
     HiddenStates,
     SampledLogprobs,
+    SpanLogprobs,
     Teacher,
     TeacherSignal,
     TeacherTopK,
 )
 
-__all__ = ["Capability", "HiddenStates", "SampledLogprobs", "Teacher", "TeacherSignal", "TeacherTopK"]
+__all__ = [
+    "Capability",
+    "HiddenStates",
+    "SampledLogprobs",
+    "SpanLogprobs",
+    "Teacher",
+    "TeacherSignal",
+    "TeacherTopK",
+]

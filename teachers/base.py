@@ -52,12 +52,30 @@ class SampledLogprobs:
     logprobs: Tensor
 
 
-TeacherSignal: TypeAlias = HiddenStates | TeacherTopK | SampledLogprobs
+@dataclass(frozen=True, slots=True)
+class SpanLogprobs:
+    """The log-probs of a teacher with another tokenizer, which it has of whole spans of the action tokens.
+
+    ``logprobs`` [N] in nats, at least float32: that of a token's span in equal shares, so that sums over
+    whole spans are the teacher's own. ``joined`` (bool [N]): the token is of the span of the one before it.
+    """
+
+    logprobs: Tensor
+    joined: Tensor
+
+    @property
+    def spans(self) -> Tensor:
+        """The span of every token, int64 [N], numbered in their order."""
+        return (~self.joined).cumsum(0) - 1
+
+
+TeacherSignal: TypeAlias = HiddenStates | TeacherTopK | SampledLogprobs | SpanLogprobs
 
 
 class Capability(StrEnum):
     """What a teacher is able to: give a signal, take the agent's turns, or judge its actions in words."""
 
+    SPAN_LOGPROBS = "span_logprobs"
     SAMPLED_LOGPROBS = "sampled_logprobs"
     TEACHER_TOP_K = "teacher_top_k"
     HIDDEN_STATES = "hidden_states"
@@ -66,6 +84,7 @@ class Capability(StrEnum):
 
 
 SIGNALS: Mapping[type, Capability] = {
+    SpanLogprobs: Capability.SPAN_LOGPROBS,
     SampledLogprobs: Capability.SAMPLED_LOGPROBS,
     TeacherTopK: Capability.TEACHER_TOP_K,
     HiddenStates: Capability.HIDDEN_STATES,
@@ -74,13 +93,15 @@ SERVES: Mapping[Need, frozenset[Capability]] = {
     "full": frozenset({Capability.HIDDEN_STATES}),
     "student_top_k": frozenset({Capability.HIDDEN_STATES}),
     "teacher_top_k": frozenset({Capability.HIDDEN_STATES, Capability.TEACHER_TOP_K}),
-    "sampled": frozenset(SIGNALS.values()),
+    "sampled": frozenset(SIGNALS.values()) - {Capability.SPAN_LOGPROBS},
+    "spans": frozenset(SIGNALS.values()),
 }
 WORDS: Mapping[Need, str] = {
     "full": "its full distributions",
     "student_top_k": "its log-probs of the student's top k",
     "teacher_top_k": "its top k",
     "sampled": "its log-probs of the sampled tokens",
+    "spans": "its log-probs of what was sampled",
 }
 
 
@@ -137,13 +158,14 @@ def check_serves(what: str, can: AbstractSet[Capability], needs: AbstractSet[Nee
     how a message calls the teacher."""
     for need, words in WORDS.items():
         if need in needs and not can & SERVES[need]:
-            scores = can & SERVES["sampled"]
             remedy = "take in the loss a signal that it has, as `signal: sampled`"
-            if not scores:
+            if can == {Capability.SPAN_LOGPROBS}:
+                remedy = "let it make an advantage: a `policy` component with `references`"
+            elif not can & SERVES["sampled"]:
                 remedy = "imitate this teacher: rollout.source: teacher and a `ce` component"
             raise ConfigError(
                 f"The loss needs of {what} {words}, which takes the capability {listed(SERVES[need], 'or')}, "
-                f"but it has {listed(can)}. Take `kind: local`, or {remedy}."
+                f"but it has {listed(can)}. Take `kind: local` with the student's tokenizer, or {remedy}."
             )
 
 
@@ -173,6 +195,8 @@ def check_aligned(
             words = "hidden states"
         case TeacherTopK(ids, logprobs, sampled):
             tensors, words = (ids, logprobs, sampled), "rows of its top k"
+        case SpanLogprobs(logprobs, joined):
+            tensors, words = (logprobs, joined), "log-probs of spans"
         case SampledLogprobs(logprobs):
             tensors, words = (logprobs,), "log-probs"
     for tensor in tensors:

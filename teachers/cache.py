@@ -27,6 +27,10 @@ INDEX = "index.json"
 FORMAT = 1  # of the folder
 
 
+class StaleCache(ConfigError):
+    """A cache that holds the log-probs of something else."""
+
+
 @dataclass(frozen=True, slots=True)
 class Index:
     """Whose log-probs a cache holds: fingerprints of the ``teacher`` (where one is wanted, None: whoever) and
@@ -101,8 +105,8 @@ class Cache:
 def open_cache(folder: Path, wanted: Index) -> Cache:
     """The cache in ``folder``, which is begun where there is none.
 
-    Raises ConfigError for a cache of another teacher, chat or temperature or with fewer log-probs than are
-    ``wanted``, and where there is none and nobody to ask.
+    Raises StaleCache for a cache of another teacher, chat or temperature or with fewer log-probs than are
+    ``wanted``, and ConfigError where there is none and nobody to ask.
     """
     if not (folder / INDEX).is_file() and wanted.teacher is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,7 +125,7 @@ def open_cache(folder: Path, wanted: Index) -> Cache:
     elif found.k < wanted.k:
         problem = f"holds the teacher's top {found.k}, and the loss needs its top {wanted.k}"
     if problem is not None:
-        raise ConfigError(
+        raise StaleCache(
             f"The cache {folder} {problem}. Name another folder, or remove this one, to be filled anew."
         )
     return cache

@@ -66,11 +66,17 @@ class Conditioner:
         no source has any are not taught; their rows stay as they are. Raises AlignmentError where a prompt is
         not what the chat renders.
         """
+        contexts = [self._context(one, trajectories) if one.turns else None for one in trajectories]
+        return self.tell(packed, trajectories, contexts)
+
+    def tell(
+        self, packed: Packed, trajectories: Sequence[Trajectory], contexts: Sequence[str | None]
+    ) -> tuple[Packed, Tensor]:
+        """The same with these contexts, of each episode; None: there is nothing to tell."""
         rows, shift = list(packed.rows), torch.zeros(len(packed.rows), dtype=torch.int64)
         taught = torch.zeros(len(trajectories), dtype=torch.bool)
         number = 0  # of the row
-        for index, trajectory in enumerate(trajectories):
-            context = self._context(trajectory, trajectories) if trajectory.turns else None
+        for index, (trajectory, context) in enumerate(zip(trajectories, contexts, strict=True)):
             edit = None if context is None else self._edit_of(trajectory, context)
             taught[index] = edit is not None
             for start, _ in trajectory.segments():
@@ -150,12 +156,16 @@ class Conditioner:
         tools = self._tools(trajectory.env_id, to_json(trajectory.env_kwargs))
         return self._edit(list(trajectory.messages), tools, context)
 
-    def _edit(self, opening: list[Message], tools: Sequence[ToolSpec], context: str) -> Edit:
+    def opening(self, messages: Sequence[Message]) -> list[Message]:
+        """Those before the first action, the environment's system prompt among them, as the chat has them."""
+        system = "".join(message.content for message in messages[:1] if message.role == "system")
+        return self.chat.opening([m for m in messages if m.role != "system"], system)
+
+    def _edit(self, opening: Sequence[Message], tools: Sequence[ToolSpec], context: str) -> Edit:
         """``opening``: the messages before the first action, with the environment's system prompt."""
-        system = opening.pop(0).content if opening and opening[0].role == "system" else ""
-        messages = self.chat.opening(opening, system)
+        messages = self.opening(opening)
         plain = self.chat.written_ids(messages, tools)
-        told = self.chat.written_ids(_with_context(messages, self.settings.place, context), tools)
+        told = self.chat.written_ids(with_context(messages, self.settings.place, context), tools)
         same = 0
         while same < min(len(plain), len(told)) and plain[-1 - same] == told[-1 - same]:
             same += 1  # where the two end alike, the student's ids are the teacher's
@@ -182,7 +192,7 @@ class ConditionedPolicy:
         return history if edit is None else dataclasses.replace(history, ids=edit(history.ids, history.uid))
 
 
-def _with_context(messages: Sequence[Message], place: str, context: str) -> list[Message]:
+def with_context(messages: Sequence[Message], place: str, context: str) -> list[Message]:
     """``context`` at the end of the system prompt, or of the first user message."""
     told = list(messages)
     index = next((i for i, message in enumerate(told) if message.role == place), None)

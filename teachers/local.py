@@ -125,8 +125,9 @@ def check_same_chat(path: str, chat: Chat) -> None:
     if tokenizer.get_vocab() != chat.tokenizer.get_vocab():
         raise ConfigError(
             f"The teacher {path} has another vocabulary than the student, so it cannot score the "
-            "student's tokens. Use a teacher with the student's tokenizer, or build the student with "
-            "`student.build.tokenizer` set to the teacher's folder."
+            "student's tokens. Say `align: bytes`, by which it scores spans of text in its own tokens, or "
+            "use a teacher with the student's tokenizer, or build the student with `student.build.tokenizer` "
+            "set to the teacher's folder."
         )
     template = chat.template if chat.template_given else None  # the run's own is for both
     settings = {"template": template, "kwargs": chat.kwargs, "system": chat.system}

@@ -56,6 +56,6 @@ def make_teacher(
 def _needed(can: AbstractSet[Capability]) -> list[str]:
     """Of an instance; see Teacher."""
     acting = ["act", "greedy"] if Capability.ACT in can else []
-    scoring = ["score"] if can & SERVES["sampled"] else []
+    scoring = ["score"] if can & SERVES["spans"] else []
     judging = ["client"] if Capability.JUDGE in can else []
     return [*acting, *scoring, *judging, "tokens", "flops"]

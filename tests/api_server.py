@@ -1,10 +1,11 @@
 """A small OpenAI-compatible server for tests and dry runs: a scripted expert that replays the conversation.
 
 It is an oracle, no model: for every request it finds the task by its prompt, takes the conversation's actions
-in an environment of its own, and answers with what the environment's scripted expert does next. Asked for
-JSON it answers with ``judge(body)``. On demand it misbehaves in the ways that real endpoints do.
+in an environment of its own, and answers with what the environment's scripted expert does next. What it is
+asked as a judge it answers by what the expert can still make of a state. On demand it misbehaves in the ways
+that real endpoints do.
 
-    python tests/api_server.py opd_agents/OrderDesk-v0 level=easy
+    python tests/api_server.py opd_agents/OrderDesk-v0 level=easy [tasks=200] [port=0]
 """
 
 import hashlib
@@ -29,6 +30,7 @@ from opd_agents.envs import AgentEnv
 PASSING = ("rate_limit", "server_error", "hang", "cut", "refused_connection")
 USELESS = ("bad_body", "bad_json", "wrong_schema", "empty", "refusal", "huge")
 NOISE = '{"error":"timeout"}'  # what OrderDesk's tools say now and then; rare, so that it is drawn for longer
+MOST_KNOWN = 6000  # conversations; each holds environments
 HANG = 30.0  # s, longer than any client of a test waits
 
 
@@ -46,20 +48,27 @@ class Expert:
 
     def __call__(self, body: Mapping[str, Any]) -> str:
         """The next action. Raises KeyError for a task that it does not know."""
+        with self.lock:
+            return self.at(body).expert_action()
+
+    def at(self, body: Mapping[str, Any]) -> AgentEnv:
+        """An environment behind the conversation; it must stay as it is."""
         messages = [message for message in body["messages"] if message["role"] != "system"]
         acted = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-        with self.lock:
-            if not self.known:
-                self.begin()
-            ends = [*acted, len(messages)]
-            here = self.known[conversation(messages[: ends[0]])]
-            for start, stop in itertools.pairwise(ends):
-                key = conversation(messages[:stop])
-                if key not in self.known:
-                    said = "\n".join(message["content"] for message in messages[start + 1 : stop])
-                    self.known[key] = after(here, action_of(messages[start]), said)
-                here = self.known[key]
-            return here[0].expert_action()
+        if not self.known:
+            self.begin()
+        ends = [*acted, len(messages)]
+        here = self.known[conversation(messages[: ends[0]])]
+        for start, stop in itertools.pairwise(ends):
+            key = conversation(messages[:stop])
+            if key not in self.known:
+                said = "\n".join(message["content"] for message in messages[start + 1 : stop])
+                self.known[key] = after(here, action_of(messages[start]), said)
+            here = self.known[key]
+        if len(self.known) > MOST_KNOWN:  # the oldest conversations are over, most likely
+            for key in list(itertools.islice(self.known, self.tasks_known, MOST_KNOWN // 2)):
+                del self.known[key]
+        return here[0]
 
     def begin(self) -> None:
         for split, size in self.make().split_sizes.items():
@@ -67,6 +76,73 @@ class Expert:
                 env = self.make()
                 prompt, _ = env.reset(seed=0, options={"split": split, "task_id": str(number)})
                 self.known.setdefault(conversation([{"role": "user", "content": prompt}]), []).append(env)
+        self.tasks_known = len(self.known)
+
+
+class Oracle:
+    """Judges by what the ``expert`` can make of a state: as a server's ``judge``, for any schema that the
+    package asks for. An oracle, no model: it plays the episode on. An action is sound where the expert
+    succeeds after it, and in as few turns as after its own."""
+
+    def __init__(self, expert: Expert) -> None:
+        self.expert = expert
+
+    def __call__(self, body: Mapping[str, Any]) -> Any:
+        asked = json.loads(body["messages"][-1]["content"])
+        names = body["response_format"]["json_schema"]["schema"]["properties"]
+        with self.expert.lock:
+            if "better" in names:
+                return {"reason": "an oracle's", "better": self.better(asked)}
+            sound, expected = self.judged(asked)
+        if "replacement" in names:
+            wrong = sound.index(False) if False in sound else -1
+            action = expected[wrong] if wrong >= 0 else ""
+            return {"number": wrong + 1, "reason": "an oracle's", "replacement": action}
+        if "actions" not in names:
+            return verdict(names, all(sound))
+        names = names["actions"]["items"]["properties"]
+        judged = [action["number"] for action in asked["actions"] if action.get("judge")]
+        return {"actions": [{"number": n} | verdict(names, sound[n - 1]) for n in judged]}
+
+    def better(self, asked: Mapping[str, Any]) -> str:
+        """The place of the action that the expert makes more of; of two equals the first, whichever it is."""
+        env = self.expert.at({"messages": [*asked["task"], *told(asked["actions"])]})
+        first, second = (worth(env, asked[name]) for name in ("first", "second"))
+        return "first" if first >= second else "second"
+
+    def judged(self, asked: Mapping[str, Any]) -> tuple[list[bool], list[str]]:
+        """Of each action whether it is sound, and what the expert would have done."""
+        sound: list[bool] = []
+        expected: list[str] = []
+        for number, action in enumerate(asked["actions"]):
+            env = self.expert.at({"messages": [*asked["task"], *told(asked["actions"][:number])]})
+            expected.append(env.expert_action())
+            sound.append(worth(env, action["action"]) >= worth(env, expected[-1]))
+        return sound, expected
+
+
+def told(actions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The actions of a transcript as messages."""
+    pairs = [
+        ({"role": "assistant", "content": one["action"]}, {"role": "tool", "content": one["answer"]})
+        for one in actions
+    ]
+    return [message for pair in pairs for message in pair]
+
+
+def worth(env: AgentEnv, action: str) -> tuple[bool, int]:
+    """Whether the expert succeeds after ``action``, and minus the turns that it then takes."""
+    fork, turns = env.fork(), 1
+    *_, terminated, truncated, info = fork.step(action)
+    while not (terminated or truncated):
+        *_, terminated, truncated, info = fork.step(fork.expert_action())
+        turns += 1
+    return bool(info.get("success")), -turns
+
+
+def verdict(names: Mapping[str, Any], sound: bool) -> dict[str, Any]:
+    said = {"reason": "an oracle's", "score": 9 * sound, "verdict": "skip" if sound else "strong"}
+    return {name: said[name] for name in names if name in said}
 
 
 def conversation(messages: Sequence[Mapping[str, Any]]) -> str:
@@ -206,10 +282,25 @@ class Http(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a body follows its headers at once, not when those are acknowledged
     server: Http
 
     def log_message(self, *_: object) -> None:
         pass
+
+    def do_GET(self) -> None:
+        """The list of models."""
+        if not self.refused():
+            self.send(200, {"object": "list", "data": [{"id": "m", "object": "model"}]})
+
+    def refused(self) -> bool:
+        """Whether a key is asked for and another one, or none, was sent; then that is answered."""
+        key, sent = self.server.api.key, self.headers["Authorization"]
+        if key is None or sent == f"Bearer {key}":
+            return False
+        text = f"Incorrect API key provided: {sent}"  # as some servers tell it
+        self.send(401, {"error": {"message": text, "code": "invalid_api_key"}})
+        return True
 
     def do_POST(self) -> None:
         api = self.server.api
@@ -228,9 +319,8 @@ class Handler(BaseHTTPRequestHandler):
                 api.running -= 1
 
     def answer(self, api: ApiServer, raw: bytes, body: dict[str, Any]) -> None:
-        if api.key is not None and self.headers["Authorization"] != f"Bearer {api.key}":
-            text = f"Incorrect API key provided: {self.headers['Authorization']}"  # as some servers tell it
-            return self.send(401, {"error": {"message": text, "code": "invalid_api_key"}})
+        if self.refused():
+            return None
         fault = api.fault()
         time.sleep(api.delay)
         with api.lock:
@@ -298,6 +388,8 @@ class Handler(BaseHTTPRequestHandler):
 
 if __name__ == "__main__":
     options = parse_overrides(sys.argv[2:])
-    with ApiServer(Expert(sys.argv[1], options), port=int(options.pop("port", 0))) as server:
+    port, tasks = int(options.pop("port", 0)), int(options.pop("tasks", 200))
+    expert = Expert(sys.argv[1], options, tasks)
+    with ApiServer(expert, Oracle(expert), port=port) as server:
         print(f"OPENAI_BASE_URL={server.url}", flush=True)
         threading.Event().wait()

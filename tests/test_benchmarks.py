@@ -1,6 +1,7 @@
 """The programs of benchmarks/: sweeps of tiny runs, and the arms of the rollout benchmark on a small case."""
 
 import csv
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ import pytest
 import tiny
 import typer
 import yaml
+from api_server import ApiServer, Expert
 from typer.testing import CliRunner
 
 from opd_agents import cli, envs
@@ -26,6 +28,19 @@ import rollout as benchmark
 import step
 import sweep
 import sweep_results
+
+
+def by_path(name: str) -> Any:
+    """A benchmark whose name another module has in a checkout."""
+    path = Path(benchmark.__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+teachers = by_path("teachers")
 
 
 class Commands:
@@ -112,6 +127,22 @@ def test_a_changed_config_is_not_passed_off_as_finished(file: Path) -> None:
     assert "trainer.steps: 3 -> 4" in row["error"]
 
 
+def test_a_run_starts_from_the_student_of_another_of_its_seed(file: Path, tmp_path: Path) -> None:
+    raw = yaml.safe_load(file.read_text())
+    raw["runs"]["low"] |= {"student": "high", "set": ["student.build="]}
+    file.write_text(yaml.safe_dump(raw))
+    _, cells = sweep.load_sweep(file)
+    commands = Commands(broken=lambda words: True)
+    assert {row["status"] for row in sweep.run_cells(cells, 2, commands)} == {"failed"}
+    place = {
+        words.split("output=")[1].split()[0]: n for n, words in enumerate(commands.seen) if "output=" in words
+    }
+    for cell in cells[1::2]:
+        start = tmp_path / "out" / "high" / cell.folder.name
+        assert cell.config.student.model == str(start)
+        assert place[str(start)] < place[str(cell.folder)]
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -120,6 +151,7 @@ def test_a_changed_config_is_not_passed_off_as_finished(file: Path) -> None:
         ({"runs": {"../x": {"config": "tiny.yaml"}}}, "`runs.../x.[key]`"),
         ({"runs": {"a": {"config": "missing.yaml"}}}, "runs.a: No config file missing.yaml"),
         ({"runs": {"a": {"config": "tiny.yaml", "set": ["trainer.step=1"]}}}, "did you mean `steps`"),
+        ({"runs": {"a": {"config": "tiny.yaml", "student": "b"}}}, "no run 'b' stands above it"),
         ({"evaluate": {"suite": "orderdek"}}, "Unknown suite 'orderdek'"),
     ],
 )
@@ -305,3 +337,22 @@ def test_the_environments_benchmark_sends_all_arms_the_same(tmp_path: Path) -> N
     rows = environments.merged(last, result, list(known))["rows"]
     assert [row["name"] for row in rows] == ["FileDesk", *["GymText"] * 2, *["OrderDesk"] * 3]
     assert "| GymText " in environments.page(result) and "Left out: Shop: " in environments.page(result)
+
+
+def test_the_teachers_benchmark_scores_the_same_in_all_arms(tmp_path: Path) -> None:
+    shape = teachers.SHAPE | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    bench = teachers.Bench(tmp_path, episodes=2, repeats=1, shape=shape)
+    with ApiServer(Expert(teachers.DESK, {"level": "easy"}, tasks=2)) as server:
+        rows = {"scoring": teachers.scoring(bench), "api": teachers.api(bench, server.url)}
+    rows |= {"tokens": teachers.tokens(bench), "step": teachers.step(bench)}
+    page = teachers.page({name: bench.facts | {"rows": part} for name, part in rows.items()})
+    assert page.count("| local ") == 2 and page.count("| cached ") == 2 and "| local, played " in page
+    assert all(row["tokens_per_core_second"]["median"] > 0 for row in rows["scoring"])
+    assert rows["api"][0]["requests"] > 2 and rows["api"][-1]["arm"] == "stored"
+    times = {(row["level"], row["arm"]): row["times"] for row in rows["tokens"]}
+    for level in ("easy", "hard"):
+        once, anew, api = (times[level, row["arm"]] for row in rows["tokens"][:3])
+        assert once["min"] == once["max"] == 1 < anew["median"] <= api["median"]
+    shares = {row["arm"]: row["share"]["median"] for row in rows["step"]}
+    assert list(shares) == ["local, played", "local, stored", "cached, stored"]
+    assert all(0 < share < 1 for share in shares.values())

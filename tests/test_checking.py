@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import socket
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from api_server import ApiServer
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -18,7 +20,7 @@ from opd_agents.batch import Packed
 from opd_agents.checking import StageCheck, check
 from opd_agents.cli import app
 from opd_agents.config import RunConfig, load_config
-from opd_agents.errors import AlignmentError
+from opd_agents.errors import AlignmentError, ConfigError
 from opd_agents.policies.models import load_tokenizer
 from opd_agents.runs import latest_checkpoint
 from opd_agents.teachers import Capability, SampledLogprobs
@@ -209,3 +211,56 @@ def test_every_stage_is_looked_at(tmp_path: Path) -> None:
     config = load_config("quickstart", f"output={tmp_path / 'run'}")
     stages = check(config, episodes=8)
     assert [stage.name for stage in stages] == ["cold_start", "opd"] and all(s.passed for s in stages)
+
+
+def taught_by_api(tmp_path: Path, url: str, key: str | None = "PLANTED_KEY") -> RunConfig:
+    teacher = {"kind": "api", "model": "m", "endpoint": {"base_url": url, "key": key}}
+    shown = {"episodes_per_step": 8, "source": "teacher", **tiny.LIMITS}
+    return load_config(tiny.sft(tmp_path / "run", teacher=teacher, rollout=shown))
+
+
+def test_an_endpoint_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLANTED_KEY", "sk-planted")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        closed = f"http://127.0.0.1:{free.getsockname()[1]}/v1"  # nobody listens
+    found = failed(check(taught_by_api(tmp_path, closed)))
+    for words in (closed, "cannot be reached", "PLANTED_KEY", "`endpoint.base_url`", "OPENAI_BASE_URL"):
+        assert words in found["teacher"]
+    assert list(found) == ["teacher"] and "sk-planted" not in found["teacher"]
+    with pytest.raises(ConfigError, match="cannot be reached"):
+        train(taught_by_api(tmp_path, closed))
+    monkeypatch.delenv("PLANTED_KEY")
+    assert "PLANTED_KEY is not set" in failed(check(taught_by_api(tmp_path, closed)))["inputs"]
+
+
+def test_an_endpoint_that_refuses_the_key_and_one_that_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PLANTED_KEY", "sk-planted")
+    with ApiServer(lambda body: "yes, sir", key="sk-other") as server:
+        found = failed(check(taught_by_api(tmp_path, server.url)))
+        assert list(found) == [
+            "teacher"
+        ] and "refuses the key in the environment variable PLANTED_KEY" in str(found)
+        assert "sk-planted" not in str(found) and not server.bodies  # nothing was paid for
+        monkeypatch.setenv("PLANTED_KEY", "sk-other")
+        [stage] = check(taught_by_api(tmp_path, server.url))
+        assert stage.passed and f"{server.url} answers" in [finding.says for finding in stage.findings]
+
+
+def test_a_stale_cache(tmp_path: Path, tiny_student: Path, tiny_teacher: Path, tiny_episodes: Path) -> None:
+    def cached(of: Path, **changes: Any) -> RunConfig:
+        teacher = {"kind": "cached", "cache": str(tmp_path / "cache"), "of": {"model": str(of)}}
+        stored = {"source": {"trajectories": str(tiny_episodes)}, "episodes_per_step": 6}
+        raw = tiny.sft(
+            tmp_path / "run", student={"model": str(tiny_student)}, teacher=teacher, rollout=stored,
+            method="lightning_opd", environments=[],
+        )  # fmt: skip
+        del raw["chat"]
+        return load_config(raw | changes)
+
+    assert failed(check(cached(tiny_teacher))) == {}
+    found = failed(check(cached(tiny_student)))
+    assert list(found) == ["cache"] and "is stale: its log-probs are of other weights" in found["cache"]
+    assert str(tmp_path / "cache") in found["cache"] and "remove this one" in found["cache"]

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 
 import pytest
@@ -8,14 +9,17 @@ from rolling import LIMITS, Scripted, desk_episodes, rolled
 from opd_agents import envs
 from opd_agents.batch import pack
 from opd_agents.config import Correction
-from opd_agents.correction import correct, earliest_errors
-from opd_agents.correction.states import restore
+from opd_agents.correction import correct, disagreed, divergent, dropped, improbable
+from opd_agents.correction.evidence import Arm, Evidence
+from opd_agents.correction.states import act_at, restore, saved_at
 from opd_agents.envs.orderdesk import OrderDesk
 from opd_agents.errors import ReplayDivergence
 from opd_agents.policies import Action
+from opd_agents.rollout import rollout
 from opd_agents.types import Actor, Branch, Outcome, StopReason
 
-SETTINGS = Correction(trials=3, episodes_per_step=4)
+OWN = {"rollouts": [3], "rivals": ["own"], "accept": 0.85}  # a gain of two of three
+SETTINGS = Correction(verify=OWN, audit=None, episodes_per_step=4)
 CLOSE = '{"name":"close_ticket","arguments":{}}'
 LOOK_UP = '{"name":"get_policy","arguments":{"topic":"orders"}}'
 WRONG = {"refund_order": "cancel_order", "cancel_order": "recall_order", "recall_order": "refund_order"}
@@ -64,7 +68,7 @@ def doubts(trajectories, turns):
 def repair(trajectories, student, teacher, chat, *, turns=None, budget=1e6, settings=SETTINGS, stream=(1, 2)):
     turns = turns or [len(t.turns) - 1 for t in trajectories]
     packed, teacher_logprob = doubts(trajectories, turns)
-    errors = earliest_errors(trajectories, packed, teacher_logprob, settings.propose.below)
+    errors = improbable(trajectories, packed, teacher_logprob, settings.propose.below)
     return correct(
         errors, settings, stream=stream, token_budget=budget, student=student, teacher=teacher,
         make=envs.make, chat=chat, limits=LIMIT, temperature=1.0,
@@ -118,7 +122,7 @@ def test_a_repair_at_the_earliest_error_is_accepted(failed, desk_chat):
     assert len(repairs) == SETTINGS.episodes_per_step
     for one in repairs:
         assert one.turn == len(one.parent.turns) - 1
-        assert (one.accepted, one.trials, one.success_student, one.success_repair) == (True, 3, 0.0, 1.0)
+        assert (one.accepted, one.evidence) == (True, Evidence(Arm(3, 3), {"own": Arm(0, 3)}))
         assert one.teacher_action == restore(one.parent, one.turn, envs.make).expert_action()
         branch = one.branch
         assert branch.success and branch.branch == Branch(one.parent.uid, one.turn) and branch.group == ""
@@ -170,7 +174,7 @@ def test_a_repair_that_does_not_help_is_rejected(failed, desk_chat):
     repairs = repair(failed, hopeless(desk_chat), teacher, desk_chat)
     assert len(repairs) == 4
     for one in repairs:
-        assert (one.accepted, one.branch, one.success_repair) == (False, None, 0.0)
+        assert (one.accepted, one.branch, one.evidence.repair) == (False, None, Arm(0, 3))
 
 
 def test_a_failure_that_fresh_noise_alone_mends_is_rejected(failed, desk_chat):
@@ -179,15 +183,18 @@ def test_a_failure_that_fresh_noise_alone_mends_is_rejected(failed, desk_chat):
     teacher = Scripted(lambda history: LOOK_UP, Actor.TEACHER, desk_chat)
     reformed = Scripted(expert, chat=desk_chat)
     repairs = repair(early, reformed, teacher, desk_chat, turns=[1] * len(early))
-    assert repairs and all(
-        (r.success_student, r.success_repair, r.accepted) == (1.0, 1.0, False) for r in repairs
-    )
+    even = Evidence(Arm(3, 3), {"own": Arm(3, 3)})
+    assert repairs and all((r.evidence, r.accepted) == (even, False) for r in repairs)
 
 
 def test_generated_tokens_are_counted_and_kept_within_the_budget(failed, desk_chat):
     student, teacher = careless(desk_chat), perfect(desk_chat)
     everything = repair(
-        failed, student, teacher, desk_chat, settings=Correction(trials=3, episodes_per_step=99)
+        failed,
+        student,
+        teacher,
+        desk_chat,
+        settings=SETTINGS.model_copy(update={"episodes_per_step": 99}),
     )
     assert len(everything) == 6
     for one in everything:  # both arms of three trials; the branch is one of three equal ones
@@ -208,12 +215,15 @@ def test_trials_have_noise_of_their_own_and_the_same_stream_repeats_them(failed,
         return CLOSE if history.random().random() < 0.2 else expert(history)
 
     def run(stream):
-        settings, student = Correction(trials=6, min_gain=0.01), Scripted(coin, chat=desk_chat)
+        settings, student = (
+            Correction(verify=OWN | {"rollouts": [6]}, audit=None),
+            Scripted(coin, chat=desk_chat),
+        )
         return repair(failed, student, perfect(desk_chat), desk_chat, settings=settings, stream=stream)
 
     repairs = run((1, 2))
     assert run((1, 2)) == repairs and run((1, 3)) != repairs
-    assert any(0 < one.success_repair < 1 for one in repairs)
+    assert any(0 < one.evidence.repair.wins < 6 for one in repairs)
 
 
 def test_an_environment_that_fails_takes_no_other_correction_with_it(failed, desk_chat, monkeypatch):
@@ -259,3 +269,135 @@ def test_every_environment_is_closed(failed, desk_chat, monkeypatch):
     assert repair(failed, careless(desk_chat), hopeless(desk_chat), desk_chat) == []
     assert len(made) > 20
     assert sorted(map(id, made)) == sorted(map(id, closed))
+
+
+def test_looks_go_on_until_the_evidence_decides(failed, desk_chat):
+    """A repair that always helps is decided at once; one that helps as much as chance is looked at again."""
+
+    def coin(history):
+        return CLOSE if history.random().random() < 0.15 else expert(history)
+
+    looks = Correction(verify={"rollouts": [4, 8, 16], "rivals": ["own"]}, audit=None)
+    for one in repair(failed, careless(desk_chat), perfect(desk_chat), desk_chat, settings=looks):
+        helped = one.evidence.repair.wins == 4
+        assert not helped or (one.accepted and one.evidence == Evidence(Arm(4, 4), {"own": Arm(0, 4)}))
+    early = [1] * len(failed)
+    teacher = Scripted(lambda history: LOOK_UP, Actor.TEACHER, desk_chat)
+    played = [
+        one.evidence.repair.played
+        for one in repair(
+            failed, Scripted(coin, chat=desk_chat), teacher, desk_chat, turns=early, settings=looks
+        )
+    ]
+    assert set(played) <= {4, 8, 16} and max(played) > 4
+
+
+def test_a_student_that_would_mend_itself_is_not_corrected(failed, desk_chat):
+    """After its own action it fails, but trying again in that state it does as well as the teacher."""
+    reformed = Scripted(expert, chat=desk_chat)
+    both = Correction(verify={"rollouts": [4]}, audit=None)
+    own = repair(failed, reformed, perfect(desk_chat), desk_chat)
+    assert own and all(one.accepted for one in own)
+    for one in repair(failed, reformed, perfect(desk_chat), desk_chat, settings=both):
+        assert one.evidence == Evidence(Arm(4, 4), {"own": Arm(0, 4), "retry": Arm(4, 4)})
+        assert not one.accepted and one.evidence.gain == 0.0
+        again = sum(len(t.action_ids) for t in one.parent.turns[one.turn :])
+        assert one.tokens > 4 * again  # a retry's first action is new
+
+
+def test_an_audit_plays_anew_whatever_the_verdict_was(failed, desk_chat):
+    audit = Correction(verify=OWN, audit={"share": 1.0, "rollouts": 5})
+    plain = repair(failed, careless(desk_chat), perfect(desk_chat), desk_chat)
+    audited = repair(
+        failed, careless(desk_chat), perfect(desk_chat), desk_chat,
+        settings=audit.model_copy(update={"episodes_per_step": 4}),
+    )  # fmt: skip
+    for one, other in zip(plain, audited, strict=True):
+        assert other.audit == Evidence(Arm(5, 5), {"own": Arm(0, 5)}) and one.audit is None
+        same = dataclasses.replace(other, audit=None, tokens=one.tokens)
+        assert same == one and other.tokens > one.tokens  # the audit decides nothing
+    some = Correction(verify=OWN, audit={"share": 0.5, "rollouts": 1}, episodes_per_step=6)
+    drawn = [
+        one.audit is not None
+        for step in range(4)
+        for one in repair(
+            failed, careless(desk_chat), hopeless_look(desk_chat), desk_chat, settings=some, stream=(1, step)
+        )
+    ]
+    assert 0 < sum(drawn) < len(drawn)
+
+
+def hopeless_look(chat):
+    return Scripted(lambda history: LOOK_UP, Actor.TEACHER, chat)
+
+
+def test_random_actions_are_verified_as_a_control_and_never_trained_on(failed, desk_chat):
+    settings = Correction(verify=OWN, audit=None, random=0.7, episodes_per_step=6)
+    found = [
+        one
+        for step in range(4)
+        for one in repair(
+            failed, careless(desk_chat), perfect(desk_chat), desk_chat, settings=settings, stream=(1, step)
+        )
+    ]
+    controls = [one for one in found if one.control]
+    assert 0 < len(controls) < len(found)
+    assert all(one.branch is None for one in controls)
+    assert sum(one.accepted for one in controls) < len(controls) / 4
+    assert {one.turn for one in controls} - {len(one.parent.turns) - 1 for one in controls}
+    assert all(one.accepted for one in found if not one.control)
+
+
+def test_a_repair_that_leads_to_the_same_state_and_answer_is_refused(failed, desk_chat):
+    """Written otherwise, and yet the same call."""
+    spaced = Scripted(lambda history: CLOSE.replace(":", ": "), Actor.TEACHER, desk_chat)
+    assert repair(failed, careless(desk_chat), spaced, desk_chat) == []
+
+
+def last_turns(failed):
+    return [(one, len(one.turns) - 1) for one in failed]
+
+
+def test_the_first_turn_on_which_student_and_teacher_differ_is_located(failed):
+    """By the mean over a turn's tokens, of either sign."""
+    packed = pack(failed)
+    last = torch.tensor([t == len(failed[e].turns) - 1 for e, t in packed.turns])[packed.turn]
+    for sign in (1, -1):
+        assert divergent(failed, packed, torch.where(last, sign * 0.6, 0.1), 0.5) == last_turns(failed)
+    assert divergent(failed, packed, torch.where(last, 0.4, 0.1), 0.5) == []
+
+
+def test_the_first_action_that_is_not_the_experts_is_located(failed, desk_chat):
+    at = functools.partial(act_at, make=envs.make, chat=desk_chat, limits=LIMIT)
+    expert = functools.partial(disagreed, samples=1, stream=(1, 2), act=at)
+    assert expert(failed, perfect(desk_chat)) == last_turns(failed)
+    assert expert(failed, careless(desk_chat)) == []  # it does just what was done
+    silent = Scripted(lambda history: LOOK_UP, Actor.TEACHER, desk_chat)
+    assert {turn for _, turn in expert(failed, silent)} == {0}
+    solved = [dataclasses.replace(one, outcome=Outcome.SUCCESS) for one in failed]
+    assert expert(solved, silent) == []
+
+
+def test_one_of_several_samples_that_agrees_is_enough(failed, desk_chat):
+    def now_and_then(history):
+        return expert(history) if history.random().random() < 0.7 else LOOK_UP
+
+    at = functools.partial(act_at, make=envs.make, chat=desk_chat, limits=LIMIT)
+    teacher = Scripted(now_and_then, Actor.TEACHER, desk_chat)
+    one = disagreed(failed, teacher, samples=1, stream=(1, 2), act=at)
+    many = disagreed(failed, teacher, samples=8, stream=(1, 2), act=at)
+    assert many == last_turns(failed) and sum(turn for _, turn in one) < sum(turn for _, turn in many)
+
+
+def test_the_action_with_which_success_falls_is_located(failed, desk_chat):
+    save = functools.partial(saved_at, make=envs.make, limits=LIMIT)
+
+    def located(student):
+        play = functools.partial(
+            rollout, policy=student, make=envs.make, chat=desk_chat, limits=LIMIT, temperature=1.0
+        )
+        return dropped(failed, rollouts=2, stream=(1, 2), save=save, play=play)
+
+    places, tokens = located(Scripted(expert, chat=desk_chat))
+    assert places == last_turns(failed) and tokens > 0
+    assert located(careless(desk_chat))[0] == []  # it does not succeed from the start either

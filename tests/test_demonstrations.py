@@ -12,7 +12,7 @@ from test_redraws import Playing, played
 
 from opd_agents.batch import pack
 from opd_agents.config import Correction, RunConfig, load_config
-from opd_agents.correction import earliest_errors
+from opd_agents.correction import improbable
 from opd_agents.episode import Episode
 from opd_agents.errors import ConfigError
 from opd_agents.experience import Experience
@@ -112,7 +112,7 @@ def test_demonstrations_are_no_rollouts_and_are_not_repaired() -> None:
     )  # fmt: skip
     assert experience.rollouts == tuple(mine) and experience.demonstrations == (shown,)
     below = Correction().propose.below
-    errors = earliest_errors([*mine, shown], packed, nothing + 2 * below, below)
+    errors = improbable([*mine, shown], packed, nothing + 2 * below, below)
     assert [t.uid for t, _ in errors] == [t.uid for t in mine]
 
 

@@ -286,6 +286,15 @@ def test_a_state_that_is_no_json_asks_for_a_digest() -> None:
         started(Odd()).state_digest()
 
 
+def test_an_empty_answer_is_an_observation_too() -> None:
+    class Silent(Counter):
+        def add(self, number: int) -> str:
+            return ""
+
+    observation, *_, info = started(Silent()).step(ADD_2)
+    assert observation == info["messages"][0].content == "(empty)"
+
+
 def test_unforeseen_exceptions_of_a_tool_reach_the_caller() -> None:
     class Broken(Counter):
         def add(self, number: int) -> dict[str, int]:

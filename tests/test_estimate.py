@@ -1,5 +1,6 @@
 """Estimated memory beside what torch really keeps, on small models of several architectures."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from opd_agents.config import RunConfig, load_config
 from opd_agents.config.loading import find_experiment
+from opd_agents.discriminator import Reader
 from opd_agents.estimate import memory
 from opd_agents.optimizers import ModelOptimizer
 from opd_agents.policies.adapters import add_adapter
@@ -19,6 +21,8 @@ QWEN3_1_7B = {
     "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
     "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True,
 }  # fmt: skip
+
+QWEN3_0_6B = QWEN3_1_7B | {"hidden_size": 1024, "intermediate_size": 3072}
 
 
 def model(model_type: str = "llama", dtype: torch.dtype = torch.float32, **shape: Any) -> PreTrainedModel:
@@ -77,6 +81,17 @@ def test_a_shared_weight_is_counted_once_and_a_teacher_beside_it() -> None:
     assert memory(config(), student, [teacher])["teachers"] == sum(p.nbytes for p in teacher.parameters())
 
 
+def test_a_discriminator_counts_with_all_that_its_updates_keep() -> None:
+    student = model()
+    body: Any = student.base_model
+    whole = Reader(copy.deepcopy(body))  # weights, gradients and two moments
+    assert memory(config(), student, [], whole)["discriminator"] == 4 * sum(
+        p.nbytes for p in whole.parameters()
+    )
+    shared = Reader(body.requires_grad_(False))
+    assert memory(config(), student, [], shared)["discriminator"] == 4 * shared.direction.nbytes
+
+
 def test_a_large_model_is_estimated_from_its_shape_alone() -> None:
     with torch.device("meta"):
         student = model("qwen3", torch.bfloat16, **QWEN3_1_7B)
@@ -90,11 +105,15 @@ def test_a_large_model_is_estimated_from_its_shape_alone() -> None:
     assert rows == 64 * 8192 * 28 * 2 * 8 * 128 * 2
 
 
-@pytest.mark.parametrize("name", ["qwen3_1gpu", "qwen3_8gpu"])
-def test_a_recipe_says_what_is_estimated(name: str) -> None:
-    recipe = load_config(name)
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("qwen3_1gpu", QWEN3_1_7B), ("qwen3_8gpu", QWEN3_1_7B), ("qwen3_api", QWEN3_0_6B)],
+)
+def test_a_recipe_says_what_is_estimated(name: str, shape: dict[str, Any]) -> None:
+    recipe = load_config(name, "teacher.model=t")
+    recipe = [recipe, *recipe.stages.values()][-1]
     with torch.device("meta"):
-        student = model("qwen3", torch.bfloat16, **QWEN3_1_7B)
+        student = model("qwen3", torch.bfloat16, **shape)
         if recipe.student.lora is not None:
             add_adapter(student, recipe.student.lora, 0)
     gigabytes = sum(memory(recipe, student, []).values()) / 2**30

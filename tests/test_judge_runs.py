@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import tiny
-from api_server import ApiServer
-from judging import Answers, Oracle, scores
+from api_server import ApiServer, Expert, Oracle
+from judging import Answers, scores
 from test_resume import Killed, stop_before
 
 from opd_agents.config import PlugIn, RunConfig
@@ -142,14 +142,14 @@ DESK: dict[str, Any] = tiny.DESK | {"options": {"level": "easy", "timeout_rate":
 
 def test_a_judge_proposes_the_corrections(tmp_path: Path) -> None:
     """The student writes noise: the first action of every episode is its earliest error."""
-    oracle = Oracle(DESK["id"], DESK["options"])
+    oracle = Oracle(Expert(DESK["id"], DESK["options"], tasks=300))
     with ApiServer(judge=oracle) as server:
         teacher = {"kind": "api", "model": "m", "endpoint": {"base_url": server.url, "key": None}}
         limits = {"max_tokens_per_turn": 16, "max_context_tokens": 320, "max_turns": 2}
         own = {"kind": "ce", "select": {"source": "rollout"}}
         raw = tiny.sft(
             tmp_path / "run", environments=[DESK], method=None, teacher=teacher, judge={"ask": []},
-            correction={"propose": {"by": "judge"}, "trials": 1, "episodes_per_step": 3, "token_share": 0.9},
+            correction=tiny.LOOSE | {"propose": {"by": "judge"}, "episodes_per_step": 3, "token_share": 0.9},
             loss={"components": {"own": own, "fixed": tiny.REPAIRED}},
             rollout={"episodes_per_step": 4, **limits},
         ) | {"student": {"build": tiny.BUILD | {"tokenizer_episodes": 40}}}  # fmt: skip

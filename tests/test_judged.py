@@ -279,7 +279,7 @@ REFUSED: list[tuple[list[str], str]] = [
     (["teacher="], "needs a `teacher"),
     (["rollout.redraws=1"], "redraws looks at rewards before the judge"),
     (["rollout.source=expert", "loss.components.p=", "loss.components.c={kind: ce}"], "let the student act"),
-    (["loss.components.p.rewards.r.reward=m:f"], "two rewards"),
+    (["loss.components.p.rewards.r.reward=m:f"], "rewards of their own"),
     (["loss.components.p.weights=[{kind: verdict}]"], "weight verdict needs the judge's verdict"),
     (["loss.components.p.weights=[{kind: verdict, weak: 0, strong: 0}]"], "are all 0"),
     (["rollout.demonstrations={when: rejected}"], "`at_least` is needed"),

@@ -26,7 +26,7 @@ LAYERS = (
     ("correction", "judging", "frozen", "weighting", "composition", "credit", "objectives"),
     (
         *("loss", "optimizers", "runs", "tasks", "playing", "progress", "teaching", "references", "student"),
-        "session",
+        *("discriminator", "session"),
         *("step_metrics", "experience", "updates", "probing", "trainer", "evaluation", "diagnostics"),
         *("estimate", "checking"),
         *("export", "traces"),

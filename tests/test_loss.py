@@ -388,3 +388,7 @@ def test_minibatches_deal_out_every_trajectory_once(model, mixed, seen):
     assert sum(map(len, owners)) == len(mixed) and max(map(len, owners)) - min(map(len, owners)) <= 2
     again = list(minibatches(session(model, updates_per_step=3), experience))
     assert all(torch.equal(a, b) for a, b in zip(masks, again, strict=True))
+    shown = {1, 4, 6}  # of the sources each update gets its share
+    some = [dataclasses.replace(t, demonstration=i in shown) for i, t in enumerate(mixed)]
+    for mask in minibatches(session(model, updates_per_step=3), seen(some, False)):
+        assert len(shown & set(packed.episode[mask].tolist())) == 1

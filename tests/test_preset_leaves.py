@@ -33,11 +33,12 @@ from opd_agents.config import (
     Weight,
     list_methods,
     load_config,
+    merge,
     method_text,
     reference_needs,
 )
 from opd_agents.errors import ConfigError
-from opd_agents.experience import Experience, score
+from opd_agents.experience import Experience, score, with_likeness
 from opd_agents.judging import Judged, judge_episodes
 from opd_agents.playing import play_step
 from opd_agents.rollout import rollout
@@ -54,11 +55,13 @@ SMALL: dict[Place, Any] = {  # numbers of the presets that a run of two short tu
     ("rollout", "max_action_tokens", "start"): 4,
     ("rollout", "max_action_tokens", "end"): 12,
     ("teacher", "every"): 1,
+    ("teacher", "debate", "max_tokens"): 4,
 }
 # Keys to which the rest of a preset may leave no other value: that is refused, and not without effect.
 BOUND = {
     *("source", "actor", "kind", "weights", "sources", "reference", "trrd_reference", "both_kl_legs"),
     *("divergence", "tail", "ratio", "mismatch", "clip_low", "clip_high", "denominator", "form", "when"),
+    "discriminator",
 }
 STEPS = 10  # of which three are over: a third of the way, where a line and a cosine are apart
 WORD = "yes"  # one token of the student's
@@ -182,6 +185,8 @@ class Run:
         raw["rollout"] = {"episodes_per_step": episodes, **tiny.LIMITS} | own["rollout"]
         raw["student"] = {"build": tiny.BUILD | {"tokenizer": str(self.teacher)}}
         raw["trainer"] |= {"steps": STEPS, "learning_rate": 0.1, "optimizer": "adamw"}
+        if "teacher" in own:
+            raw["teacher"] = merge(own["teacher"], tiny.members(own, *[str(self.teacher)] * 2))
         return load_config({"teacher": {"model": str(self.teacher)}} | raw)
 
     def _scored(self, own: str) -> tuple[Session, Experience]:
@@ -198,7 +203,9 @@ class Run:
             config, session.step, session.task_counts, partial(play, policy=session.behaviour),
             partial(play, policy=session.demonstrator), judge=partial(judged, config),
         )  # fmt: skip
-        experience = score(session, played.trajectories, played.judged.feedback)
+        if session.discriminator is not None:  # one that has an opinion
+            torch.nn.init.normal_(session.discriminator.reader.direction, generator=random)
+        experience = with_likeness(session, score(session, played.trajectories, played.judged.feedback))
         packed = experience.packed  # recorded log-probs as of a sampler that rounds, and of weights long past
         noise = torch.randn(len(packed.behaviour), generator=random)
         packed = dataclasses.replace(packed, behaviour=(packed.behaviour + noise).clamp(max=0.0))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import yaml
 
@@ -16,6 +17,7 @@ from opd_agents import envs
 from opd_agents.composition import selected
 from opd_agents.config import (
     EXPERIMENTS,
+    CrossEntropy,
     Policy,
     Preference,
     list_methods,
@@ -23,7 +25,7 @@ from opd_agents.config import (
     method_text,
     reference_needs,
 )
-from opd_agents.experience import Assigned, Experience, credit, score
+from opd_agents.experience import Assigned, Experience, credit, score, with_likeness
 from opd_agents.frozen import FrozenTerms, frozen_terms
 from opd_agents.playing import play_step
 from opd_agents.rollout import rollout
@@ -52,8 +54,9 @@ def started(method: str, folder: Path) -> Session:
         },
         "trainer": {"updates_per_step": 4, "optimizer": "muon", "learning_rate": 1e-3},
     }
-    if "teacher" not in own:
-        raw["teacher"] = {"model": TEACHER}
+    raw["teacher"] = {"model": TEACHER}
+    if "teacher" in own:
+        raw["teacher"] = tiny.members(own, TEACHER, STUDENT, max_tokens=8)
     return load_session(load_config(raw), RunFolder(folder, {}, resume=False))
 
 
@@ -63,7 +66,7 @@ def played(session: Session) -> Experience:
         session.config, session.step, session.task_counts, partial(play, policy=session.behaviour),
         partial(play, policy=session.demonstrator),
     )  # fmt: skip
-    return score(session, episodes.trajectories)
+    return with_likeness(session, score(session, episodes.trajectories))
 
 
 def told(session: Session, experience: Experience) -> FrozenTerms:
@@ -80,7 +83,7 @@ def gain(session: Session, experience: Experience, assigned: Assigned, before: F
     rewarded = [
         assigned.composed[name].rewards[part]
         for name, component in components.items()
-        if isinstance(component, Policy)
+        if isinstance(component, Policy) and session.at(component.coef)
         for part, own in component.rewards.items()
         if session.at(own.coef)
     ]
@@ -90,13 +93,16 @@ def gain(session: Session, experience: Experience, assigned: Assigned, before: F
         return float((old - new).mean())
     better = rewarded[0][experience.packed.episode] if rewarded else torch.ones(())
     for component in components.values():
+        if isinstance(component, CrossEntropy) and session.at(component.coef) and not rewarded:
+            better = selected(experience.packed, experience.trajectories, component.select)
         if isinstance(component, Preference):
             chosen, rejected = (
                 selected(experience.packed, experience.trajectories, select)
                 for select in (component.chosen, component.rejected)
             )
             better = chosen - rejected
-    return float(((after.logprob - before.logprob) * better).mean())
+    gained = (after.logprob - before.logprob) * better
+    return float(gained.sum() / gained.count_nonzero())
 
 
 @pytest.mark.parametrize("method", METHODS)

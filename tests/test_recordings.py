@@ -402,7 +402,7 @@ def test_gkd_learns_from_recordings_and_from_the_student(
             "rollout.max_context_tokens=300",
             "loss.components.distill.divergence=forward_kl", "loss.components.distill.ratio_clip=2.0",
             method="gkd", teacher={"model": str(tiny_teacher)}, chat=tiny.BRIEF, imports=["tiny"],
-            correction={"episodes_per_step": 4, "trials": 1, "token_share": 0.9},  # of no recorded failure
+            correction={"episodes_per_step": 4, "token_share": 0.9},  # of no recorded failure
             student={"build": tiny.BUILD | {"tokenizer": str(tiny_teacher)}},
             environments=[{"id": "tiny/Parity-v0"}],
         )

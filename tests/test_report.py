@@ -166,8 +166,9 @@ def write_opd_stage(
     (path / "config.yaml").write_text(yaml.safe_dump({"name": path.name, "seed": seed}))
     for step in (3, 17, 31):
         accepted = step != 17
-        repair: dict[str, Any] = {"turn": 3, "accepted": accepted, "trials": 8, "success_student": 0.125}
-        repair |= {"success_repair": 0.75 if accepted else 0.0}
+        arms = {"repair": [6 if accepted else 0, 8], "own": [1, 8], "retry": [2, 8]}
+        repair: dict[str, Any] = {"turn": 3, "accepted": accepted, "evidence": arms | {"better": 0.98}}
+        repair |= {"audit": None, "control": False}
         repair |= {"student_action": json.dumps({"name": "refund", "arguments": {"order_id": NASTY}})}
         repair |= {"teacher_action": json.dumps({"name": "cancel_order", "arguments": {"order_id": "O9"}})}
         parent = episode(str(step), False, f"e{step}")
@@ -290,7 +291,8 @@ def test_turns_show_calls_kl_and_flags(report: Path) -> None:
     assert "time-out" in found.text and "parse error" in found.text and "tool error" in found.text
     words = " ".join(found.text.split())
     assert "5 failed before and succeed after, 1 succeeded before and fail after" in words
-    assert "1 of 8 trials succeed (12.5 %)" in found.text and "6 of 8 trials succeed (75.0 %)" in found.text
+    assert "1 of 8 rollouts succeed (12.5 %)" in found.text and "tried again: 2 of 8" in found.text
+    assert "6 of 8 rollouts succeed (75.0 %)" in found.text and "probability 0.980" in found.text
     assert found.count("div", "kl") > 20
 
 

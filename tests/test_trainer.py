@@ -241,7 +241,7 @@ def test_repairs_are_told_on_the_failed_parent_and_their_branches_stored(mixed: 
         turn = row["repair"]["turn"]
         assert row["trajectory"]["outcome"] != "success"
         assert row["repair"]["student_action"] == row["trajectory"]["turns"][turn]["action"]
-        assert row["repair"]["success_repair"] > row["repair"]["success_student"]
+        assert row["repair"]["evidence"]["repair"] > row["repair"]["evidence"]["own"]
         assert row["credit"][turn]["correction"] == "accepted"
         branch = branches[row["trajectory"]["uid"], turn]["trajectory"]
         assert branch["outcome"] == "success"

@@ -325,6 +325,35 @@ def test_the_sampled_reverse_kl_with_both_on_vllm(pair: Pair, tmp_path: Path) ->
     assert len(rows) == 2 and rows[0]["distill/log_ratio"] > 0
 
 
+@pytest.mark.parametrize("within", ["ensemble", "cache", "other words"])
+def test_a_server_teaches_from_within_as_a_local_teacher_does(
+    within: str, pair: Pair, tmp_path: Path
+) -> None:
+    local = {"kind": "local", "model": pair.teacher.model}
+    served = local | {"kind": "vllm", "urls": [pair.teacher.url]}
+
+    def said(teacher: dict[str, Any], run: str, **changes: Any) -> float:
+        """The mean of log q - log p."""
+        plain = {"method": "thinking_machines", "loss": {}, "sampler": {"kind": "transformers"}} | changes
+        given = config(pair, tmp_path / run, "trainer.steps=1", teacher=teacher, **plain)
+        return float(tiny.metrics(train(given))[0]["loss"])
+
+    wrapped: list[dict[str, Any]] = [local, served]
+    again: dict[str, Any] = {}
+    if within == "ensemble":
+        wrapped = [{"kind": "ensemble", "members": {"it": one, "start": {"kind": "self"}}} for one in wrapped]
+    elif within == "other words":
+        wrapped = [one | {"align": "bytes"} for one in wrapped]
+    else:
+        said(local, "played")
+        episodes = tmp_path / "played" / "trajectories" / "step-000001.jsonl"
+        stored = {"source": {"trajectories": str(episodes)}, "group_size": 1, "max_context_tokens": TOKENS}
+        again = {"rollout": stored | {"episodes_per_step": 8}}
+        wrapped[1] = {"kind": "cached", "cache": str(tmp_path / "cache"), "of": served}
+    expected = said(wrapped[0], "local", **again)
+    assert said(wrapped[1], "served", **again) == pytest.approx(expected, abs=1e-3) and expected > 0.01
+
+
 def test_a_server_that_is_gone_ends_the_run_with_its_name(pair: Pair, tmp_path: Path) -> None:
     gone = "sampler.urls=[http://127.0.0.1:9]"
     with pytest.raises(ConfigError, match=r"sampler\.urls: http://127\.0\.0\.1:9 does not answer as a vLLM"):

@@ -52,6 +52,8 @@ EVERY_KIND: list[dict[str, Any]] = [
     {"kind": "kl_collapse", "floor": 0.9},
     {"kind": "verbal_score", "at_least": 5},
     {"kind": "verdict", "skip": 0.25},
+    {"kind": "agreement"},
+    {"kind": "agreement", "inverted": True, "unasked": 0.5},
 ]
 
 
@@ -72,10 +74,11 @@ def token_id(text: str) -> int:
 def made(**changes: Any) -> WeightInputs:
     teacher = ReferenceTerms(-2 * random(1), random(2), 2 * random(3), torch.arange(N) % 4)
     inputs = WeightInputs(
-        TARGET, TURN, EPISODE, SELECTED, -2 * random(4), random(5), {"teacher": teacher},
+        TARGET, TURN, EPISODE, SELECTED, -2 * random(4), random(5), {"teacher": teacher}, {},
         group=torch.tensor([0, 0, 1]), success=torch.tensor([False, True, False]),
         counted=torch.tensor([True, True, True]), end_ids=frozenset({2, 3}), token_id=token_id,
         score=torch.tensor([9.0, 5, 4, 0, math.nan])[TURN % 5], verdict=torch.tensor([0, 1, 2, -1])[TURN % 4],
+        agreement=torch.tensor([0.0, 0.25, 1, math.nan])[TURN % 4],
     )  # fmt: skip
     return dataclasses.replace(inputs, **changes)
 
@@ -293,7 +296,7 @@ def test_an_unknown_reference_is_refused() -> None:
 def reads_the_reference(fields: dict[str, Any]) -> bool:
     """All but the kinds by outcome, judge, place and token, the student's own terms and the rank."""
     others = {"outcome", "group_failed", "pass_rate", "without_tokens", "prefix", "accepted"}
-    others |= {"verbal_score", "verdict"}
+    others |= {"verbal_score", "verdict", "agreement"}
     own = fields.get("score") == "entropy" or (fields["kind"] == "perplexity" and "of" not in fields)
     return fields["kind"] not in others and not own
 

@@ -22,9 +22,13 @@ LIMITS = {"max_tokens_per_turn": 8, "max_context_tokens": 96}
 DISTILL = {"kind": "distill", "ratio_clip": 2.0, "select": {"actor": "student"}}
 POLICY = {"kind": "policy", "select": {"actor": "student", "source": "rollout"}, "rewards": {"verifier": {}}}
 REPAIRED = {"kind": "ce", "coef": 0.1, "select": {"actor": "teacher", "source": "correction"}}
+LOOSE = {
+    "verify": {"rollouts": [2], "rivals": ["own"], "accept": 0.79},
+    "audit": None,
+}  # a gain of one of two
 MIX = {
     "teacher": {"model": "filled in by tiny()"},
-    "correction": {"episodes_per_step": 2, "trials": 2, "token_share": 0.5},
+    "correction": LOOSE | {"episodes_per_step": 2, "token_share": 0.5},
     "loss": {"components": {"distill": DISTILL, "verifier": POLICY, "correction": REPAIRED}},
 }
 
@@ -100,6 +104,14 @@ def mix(output: Path, teacher: Path, /, *overrides: str, **changes: Any) -> RunC
         "teacher": {"model": str(teacher)},
     }  # fmt: skip
     return load_config(raw | changes, *overrides)
+
+
+def members(own: dict[str, Any], *models: str, **debate: Any) -> dict[str, Any]:
+    """What the teacher of a preset lacks: the models of an ensemble."""
+    if own["teacher"]["kind"] != "ensemble":
+        return {}
+    named = zip(own["teacher"]["members"], models, strict=True)
+    return {"members": {name: {"model": model} for name, model in named}, "debate": debate}
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

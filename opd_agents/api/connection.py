@@ -17,6 +17,7 @@ from opd_agents.errors import BudgetSpent, ConfigError, OpdError
 
 OPENAI = "https://api.openai.com/v1"
 MOST_BYTES = 4_000_000  # of an answer's body
+REACH = 10.0  # s, for an endpoint to say anything
 TYPED = ("model", "messages")  # what the SDK wants by name; the rest of a body goes beside it
 
 
@@ -114,6 +115,23 @@ def key_for(endpoint: Endpoint) -> str | None:
             f"{base_url_of(endpoint)}. For a server that asks for none set `endpoint.key: null`."
         )
     return key
+
+
+def check_reachable(endpoint: Endpoint) -> None:
+    """Ask for the list of models, which costs nothing. Raises ConfigError where nobody answers, where the key
+    is refused, and where there is none; any other answer will do, for not every endpoint has such a list."""
+    where, key = base_url_of(endpoint), key_for(endpoint)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        status = httpx2.get(f"{where}/models", headers=headers, timeout=REACH).status_code
+    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+        raise ConfigError(
+            f"{where} cannot be reached ({type(error).__name__}: {error}). Start the server, or name another"
+            " address with `endpoint.base_url` or the environment variable OPENAI_BASE_URL"
+            + (f", and the variable of its key, now {endpoint.key}, with `endpoint.key`." if key else ".")
+        ) from None
+    if status == 401:
+        raise ConfigError(f"{where} refuses the key in the environment variable {endpoint.key}.")
 
 
 def retry_after(headers: httpx2.Headers) -> float | None:

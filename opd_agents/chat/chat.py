@@ -156,7 +156,7 @@ class Chat:
         ids = self._encode(self._template.rest(plain, [self._plain.call(call) for call in calls]))
         closes = bool(ids) and ids[0] in self._following.values()
         if not ended:
-            return ids if closes else (self._end_of(calls), *ids)
+            return ids if closes else (self.end_of(calls), *ids)
         # Where turns are closed by the next role's opening, another end token does not stand for it.
         known = not self._roles_close or end is None or end == ids[0]
         return ids[1:] if closes and known else ids
@@ -222,7 +222,7 @@ class Chat:
                 f"An assistant turn holds {self._decode([min(ends)])!r}, which ends an action, before its"
                 f" end, so it cannot be one action: {self._decode(list(ids))[:200]!r}."
             )
-        return (*ids, self._end_of(calls))
+        return (*ids, self.end_of(calls))
 
     def read_message(
         self,
@@ -377,7 +377,7 @@ class Chat:
             return ids[0]
         return None
 
-    def _end_of(self, calls: Sequence[ToolCall]) -> int:
+    def end_of(self, calls: Sequence[ToolCall]) -> int:
         """The token with which the template ends an action."""
         following = self._following.get("tool" if calls else "user")
         written = self._call_closing if calls else self._closing

@@ -40,6 +40,7 @@ from opd_agents.config.teachers import (
     Api,
     Cached,
     Conditioning,
+    Debate,
     Ensemble,
     Local,
     PlugIn,
@@ -48,6 +49,7 @@ from opd_agents.config.teachers import (
     Teacher,
     Vllm,
     conditioning_of,
+    is_aligned,
     sections_in,
 )
 from opd_agents.config.weights import Weight
@@ -62,6 +64,7 @@ __all__ = [
     "Conditioning",
     "Correction",
     "CrossEntropy",
+    "Debate",
     "Demonstrations",
     "Distill",
     "Endpoint",
@@ -95,6 +98,7 @@ __all__ = [
     "Weight",
     "absolute_inputs",
     "conditioning_of",
+    "is_aligned",
     "list_methods",
     "load_config",
     "merge",

@@ -14,10 +14,11 @@ class Judge(Section):
     from 0 to 9 (OVD, arXiv 2601.21968), ``verdict`` skip, weak or strong (SAGE-OPD, arXiv 2606.19659), per
     ``action`` or per ``episode``. One request an episode asks for all of it. What the answers are used for
     says the loss (``verbal`` rewards, the weights `verbal_score` and `verdict`) and
-    `rollout.demonstrations`."""
+    `rollout.demonstrations`. Where `correction.propose` or `rollout.alternatives` names the judge, it also
+    corrects episodes or compares actions."""
 
     by: str = "teacher"  # or one of `references`
-    ask: list[Literal["score", "verdict"]]  # may be empty for a `correction` that it proposes
+    ask: list[Literal["score", "verdict"]]  # may be empty where it corrects or compares alone
     per: Literal["action", "episode"] = "action"
     share: float = Field(1.0, gt=0, le=1)  # of the student's episodes
     rubric: str | None = None  # what counts, in your own words, added to the instructions

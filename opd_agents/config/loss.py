@@ -157,10 +157,16 @@ class Distill(_Component):
 
 class ReferencePart(Section):
     """One part of an advantage from a reference: ``coef * gates * d``, d = log p(token) - log q(token), of
-    the sampled token, detached; q is the student that sampled. See `objectives.reference_advantages`."""
+    the sampled token, detached; q is the student that sampled. See `objectives.reference_advantages`.
+
+    With ``unit: turn`` the d of all tokens of a turn are added up, and so they are in any case in a span of
+    bytes that a teacher with another tokenizer scores as one: every token of it has the sum, and what is said
+    of tokens here holds of turns or spans.
+    """
 
     reference: str = "teacher"
     coef: SignedScheduled = 1.0
+    unit: Literal["token", "turn"] = "token"
     discount: float = Field(0.0, ge=0, le=1)  # of the d of later action tokens of the episode
     include_now: bool = True  # whether a token's own d counts, where `discount` adds the later ones
     length_normalise: bool = False  # the return by the number of tokens that are left
@@ -173,10 +179,12 @@ class ReferencePart(Section):
         if not self.include_now and self.discount == 0:
             raise ValueError("`include_now: false` with `discount: 0` leaves no d at all")
         _check_signless("gates", self.gates)
-        if self.baseline == "closed_form" and (self.length_normalise or not self.include_now):
+        if self.baseline == "closed_form" and (
+            self.length_normalise or not self.include_now or self.unit == "turn"
+        ):
             raise ValueError(
-                "`baseline: closed_form` is that of a token's own d, undivided: not for `include_now: false`"
-                " or `length_normalise`"
+                "`baseline: closed_form` is that of a token's own d, undivided: not for `include_now: false`,"
+                " `length_normalise` or `unit: turn`"
             )
         return self
 
@@ -184,13 +192,15 @@ class ReferencePart(Section):
 class RewardPart(Section):
     """One part of an advantage from a reward: ``coef * gates * (r - baseline) / scale``.
 
-    The reward is the environment's, a ``reward`` of yours, or the judge's score from 0 (0.0) to 9 (1.0):
-    ``verbal: episode`` gives all of an episode its score, or the mean of those of its actions; ``verbal:
-    action`` compares all actions of a group, each by its own. What has no score has no advantage.
+    The reward is the environment's, a ``reward`` of yours, the judge's score from 0 (0.0) to 9 (1.0) or the
+    ``discriminator``'s of the episode. ``verbal: episode`` gives all of an episode its score, or the mean of
+    those of its actions; ``verbal: action`` compares all actions of a group, each by its own. What has no
+    score has no advantage.
     """
 
     reward: PlugIn | None = None  # instead of the environment's
     verbal: Literal["episode", "action"] | None = None  # the judge's instead of the environment's
+    discriminator: bool = False  # how much like the teacher's the section `discriminator` finds the episode
     coef: SignedScheduled = 1.0
     baseline: Literal["group", "leave_one_out", "none"] = "group"
     normalise: Literal["std", "batch_std", "none"] = "std"
@@ -204,8 +214,14 @@ class RewardPart(Section):
                 "`normalise` divides by the spread of rewards, which is 0 where they agree: with `baseline:"
                 " none` say `normalise: none`"
             )
-        if self.reward is not None and self.verbal is not None:
-            raise ValueError("`reward` and `verbal` are two rewards: give each a part of its own")
+        if (self.reward is not None) + (self.verbal is not None) + self.discriminator > 1:
+            raise ValueError(
+                "`reward`, `verbal` and `discriminator` are rewards of their own: give each a part of its own"
+            )
+        if self.discriminator and self.baseline == "none":
+            raise ValueError(
+                "`discriminator: true` needs a baseline: its scores mean something beside each other only"
+            )
         return self
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, TypeAlias
 
-from opd_agents.config.loss import Component, Distill, Policy, Preference, Select
+from opd_agents.config.loss import Component, Distill, Policy, Preference, RewardPart, Select
 from opd_agents.config.weights import (
     Accepted,
     Agreement,
@@ -20,9 +20,9 @@ from opd_agents.config.weights import (
     Weight,
 )
 
-Need: TypeAlias = Literal["sampled", "teacher_top_k", "student_top_k", "full"]
-"""Of a reference's next-token distributions: the log-prob of the sampled token, those of its own top k or of
-the student's, or all of them."""
+Need: TypeAlias = Literal["spans", "sampled", "teacher_top_k", "student_top_k", "full"]
+"""Of a reference's next-token distributions: the log-prob of what was sampled, by spans or by tokens, those
+of its own top k or of the student's, or all of them."""
 
 
 def reference_needs(components: Mapping[str, Component]) -> dict[str, frozenset[Need]]:
@@ -53,6 +53,14 @@ def weights_of(component: Component) -> Iterator[Weight]:
             yield from reward.gates
 
 
+def reward_parts(components: Mapping[str, Component]) -> Iterator[tuple[str, RewardPart]]:
+    """The parts of advantages that are of rewards, with their places in the config."""
+    for name, component in components.items():
+        if isinstance(component, Policy):
+            for part, settings in component.rewards.items():
+                yield f"loss.components.{name}.rewards.{part}", settings
+
+
 def selects_of(component: Component) -> list[Select]:
     """What a component looks at; of a preference, both sides."""
     if isinstance(component, Preference):
@@ -68,7 +76,7 @@ def _of_component(component: Component) -> Iterator[tuple[str, Need]]:
             yield component.reference, "full" if whole else component.signal
         case Policy():
             for part in component.references.values():
-                yield part.reference, "full" if part.baseline == "closed_form" else "sampled"
+                yield part.reference, "full" if part.baseline == "closed_form" else "spans"
             if component.trrd_reference is not None:
                 yield component.trrd_reference, "sampled"
         case Preference(reference=str(name)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -101,11 +101,22 @@ class Demonstrations(Section):
 
 
 class Alternatives(Section):
-    """What another would do at ``states`` of the student's, drawn anew in every step from its turns: for a
-    `preference` with `pairs: actions`. Each is restored, shown, and left; nothing is carried out."""
+    """What another (or the student, once more) would do at ``states`` of the student's, drawn anew in every
+    step from its turns: for a `preference` with `pairs: actions`. Each is restored, shown ``samples`` times,
+    and left; nothing is carried out. The share of the samples that do what the student did is the state's
+    agreement, for a weight of that kind. The better of the two actions of a pair is the ``actor``'s, or the
+    one that the `judge` prefers, asked in either order; where its answers disagree there is no pair."""
 
-    actor: Literal["teacher", "expert"] = "teacher"
+    actor: Literal["student", "teacher", "expert"] = "teacher"
     states: int = Field(16, gt=0)
+    samples: int = Field(1, gt=0)  # of its actions at each state
+    preferred_by: Literal["actor", "judge"] = "actor"
+
+    @model_validator(mode="after")
+    def _comparable(self) -> Alternatives:
+        if self.actor == "expert" and self.samples > 1:
+            raise ValueError("`samples`: a scripted expert does one thing at a state; leave it at 1")
+        return self
 
 
 class Rollout(Section):
@@ -166,14 +177,57 @@ class Proposal(Section):
     below: float = Field(-2.3, lt=0)  # of a teacher: its log-prob of the action (nats) that marks an error
 
 
+class Verification(Section):
+    """How a repair is proved: by fresh rollouts of the student after it, beside as many of each of its
+    ``rivals``, after the student's ``own`` action and where it tries again (``retry``) in the same state. At
+    each number of ``rollouts`` an arm, it is accepted where it is better than every rival with a probability
+    of ``accept``, given up below ``stop``; what the last look leaves open is rejected."""
+
+    rollouts: list[Annotated[int, Field(gt=0)]] = Field([4, 8, 16], min_length=1)
+    rivals: list[Literal["own", "retry"]] = Field(["own", "retry"], min_length=1)
+    accept: float = Field(0.975, gt=0.5, lt=1)
+    stop: float = Field(0.5, ge=0, le=0.5)
+
+    @model_validator(mode="after")
+    def _looks(self) -> Verification:
+        if self.rollouts != sorted(set(self.rollouts)):
+            raise ValueError("`rollouts` of an arm, all told, must rise from look to look")
+        if len(self.rivals) != len(set(self.rivals)):
+            raise ValueError("`rivals`: each once")
+        return self
+
+
+class Audit(Section):
+    """Fresh ``rollouts`` an arm for a ``share`` of the repairs, accepted and rejected alike. They, not those
+    that decided (the accepted were the lucky ones), say what the repairs gained and how many were wrong."""
+
+    share: float = Field(0.1, gt=0, le=1)
+    rollouts: int = Field(32, gt=0)
+
+
 class Correction(Section):
-    """Earliest-error correction at the action level (after SCoRe, 2509.14257), verified by re-rollouts."""
+    """Earliest-error correction at the action level (after SCoRe, 2509.14257), verified by re-rollouts.
+
+    ``random`` is the share of repairs that are put in the place of proposals as a control: another turn of
+    the episode, and a random call there. They are verified like the others and never trained on.
+    """
 
     propose: Proposal = Proposal()
     episodes_per_step: int = Field(8, gt=0)
-    trials: int = Field(4, gt=0)  # fresh student re-rollouts per arm (after the repair; after the own action)
-    min_gain: float = Field(0.5, gt=0, le=1)  # success rate gained by the repair for it to be accepted
+    verify: Verification = Verification()
+    audit: Audit | None = Audit()
+    random: float = Field(0.0, ge=0, lt=1)
     token_share: float = Field(0.18, gt=0, lt=1)  # of all generated tokens, spent on repairs and their proof
+
+
+class Discriminator(Section):
+    """A model with a scalar head that learns, one update a step, to tell the episodes of
+    `rollout.demonstrations` from the student's on the same tasks (Bradley-Terry; GAD, arXiv 2511.10643). Its
+    score of an episode is the reward of the parts that say `discriminator: true`. The kind of its optimizer,
+    weight decay and clipping are the ``trainer``'s."""
+
+    model: str | None = None  # a checkpoint with the student's vocabulary; null: the student as it begins
+    learning_rate: Scheduled | None = None  # null: the student's
 
 
 class TrainerSettings(Section):

@@ -43,12 +43,18 @@ class Conditioning(Section):
         return self
 
 
+Alignment: TypeAlias = Literal["bytes"]
+
+
 class Local(Section):
-    """The checkpoint ``model``, in this process; without a ``dtype`` in the student's."""
+    """The checkpoint ``model``, in this process; without a ``dtype`` in the student's. ``align: bytes``: it
+    has a tokenizer and a chat template of its own, reads the student's text in them, and gives the log-prob
+    of every span of bytes that is whole tokens to both."""
 
     kind: Literal["local"] = "local"
     model: str | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
+    align: Alignment | None = None
     conditioning: Conditioning | None = None
 
 
@@ -87,10 +93,11 @@ class Api(Section):
 
 class Vllm(Server):
     """The checkpoint ``model`` on vLLM servers: it gives log-probs, at temperature 1, and acts. Its tokenizer
-    and its template are read here."""
+    and its template are read here; ``align`` as of kind local."""
 
     kind: Literal["vllm"]
     model: str
+    align: Alignment | None = None
     conditioning: Conditioning | None = None
 
 
@@ -114,6 +121,8 @@ class Cached(Section):
             raise ValueError(
                 "`of.conditioning`: a cache holds what a teacher says of the student's own prompts"
             )
+        if is_aligned(self.of):
+            raise ValueError("`of.align`: a cache holds log-probs of the student's own tokens")
         return self
 
 
@@ -148,18 +157,42 @@ class Route(Section):
     weights: Weights
 
 
+class Debate(Section):
+    """In each of ``rounds`` every member says, in at most ``max_tokens``, how it would do an episode's task,
+    from the second round on knowing what all have said. They score the student behind all of it, and their
+    weights are multiplied by softmax(c / 100), c from 0 to 100 being the confidence that each ends with
+    (equal, where one has given none)."""
+
+    rounds: int = Field(2, ge=0)
+    max_tokens: int = Field(512, gt=0)  # of what one says in a round
+
+
 class Ensemble(Section):
     """Several teachers, by name: the mixture of their distributions, sum_i w_i p_i. Their ``weights`` (null:
     equal ones; divided by their sum) are those of the first of the ``routes`` that an episode matches, where
-    there is one. Who has no weight in an episode is not asked."""
+    there is one. Who has no weight in an episode is not asked. With a ``debate`` they talk before."""
 
     kind: Literal["ensemble"]
     members: dict[str, Member] = Field(min_length=2)
     weights: Weights | None = None
     routes: list[Route] = []
+    debate: Debate | None = None
 
     @model_validator(mode="after")
     def _weighed(self) -> Ensemble:
+        if aligned := [name for name, member in self.members.items() if is_aligned(member)]:
+            raise ValueError(
+                f"`members.{aligned[0]}.align`: distributions over different vocabularies have no mixture;"
+                " put it under `references`, with a part of its own in an advantage"
+            )
+        told = [name for name, member in self.members.items() if conditioning_of(member) is not None]
+        if self.debate is not None and told:
+            raise ValueError(f"`members.{told[0]}.conditioning`: members who debate are told that; drop one")
+        moving = [n for n, m in self.members.items() if isinstance(m, Self) and m.weights != "frozen"]
+        if self.debate is not None and moving:
+            raise ValueError(
+                f"`members.{moving[0]}.weights`: a task has one debate, of teachers that stay: take frozen"
+            )
         places = {f"routes[{index}].weights": route.weights for index, route in enumerate(self.routes)}
         if self.weights is not None:
             places = {"weights": self.weights} | places
@@ -198,6 +231,11 @@ def sections_in(place: str, teacher: Teacher) -> Iterator[tuple[str, Teacher]]:
     if isinstance(teacher, Ensemble):
         for name, member in teacher.members.items():
             yield from sections_in(f"{place}.members.{name}", member)
+
+
+def is_aligned(teacher: Teacher | None) -> bool:
+    """Whether this teacher has a tokenizer of its own."""
+    return isinstance(teacher, Local | Vllm) and teacher.align is not None
 
 
 def conditioning_of(teacher: Teacher | None) -> Conditioning | None:

@@ -184,6 +184,15 @@ class VerdictWeight(Section):
         return self
 
 
+class ActionAgreement(Section):
+    """The share of another's sampled actions at the state that are the student's own, or with ``inverted``
+    the share that are not: those of `rollout.alternatives`. ``unasked`` at states where it did not act."""
+
+    kind: Literal["agreement"]
+    inverted: bool = False
+    unasked: float = Field(0.0, ge=0)
+
+
 Weight: TypeAlias = Annotated[
     OutcomeWeight
     | GroupFailed
@@ -201,6 +210,7 @@ Weight: TypeAlias = Annotated[
     | Trust
     | KLCollapse
     | VerbalScore
-    | VerdictWeight,
+    | VerdictWeight
+    | ActionAgreement,
     Field(discriminator="kind"),
 ]

@@ -2,7 +2,9 @@
 would do at the student's states."""
 
 from opd_agents.correction.alternatives import Alternatives, act_otherwise
-from opd_agents.correction.repair import Proposed, Repair, correct, earliest_errors, may_be_repaired
+from opd_agents.correction.locate import disagreed, divergent, dropped, improbable, may_be_repaired
+from opd_agents.correction.repair import Proposed, correct
+from opd_agents.correction.verify import Repair
 
 __all__ = [
     "Alternatives",
@@ -10,6 +12,9 @@ __all__ = [
     "Repair",
     "act_otherwise",
     "correct",
-    "earliest_errors",
+    "disagreed",
+    "divergent",
+    "dropped",
+    "improbable",
     "may_be_repaired",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -11,7 +12,9 @@ from opd_agents.chat import Chat
 from opd_agents.correction.states import Acted, Place, act_at
 from opd_agents.distributed import ALONE, World
 from opd_agents.envs import AgentEnv
+from opd_agents.envs.actions import same_action
 from opd_agents.episode import Limits
+from opd_agents.judging.preferences import NO_PREFERENCE, Preferred
 from opd_agents.policies.base import Policy
 from opd_agents.types import Actor, Branch, Outcome, Trajectory, Turn
 
@@ -21,20 +24,32 @@ FIRST_ALTERNATIVE = 2**21  # stream numbers of the draws, out of the way of the 
 @dataclass(frozen=True, slots=True)
 class Alternatives:
     """``trajectories``: the student's history to a state, weighing 0, and another action there, which was
-    not carried out. Of ``asked`` states it is the student's own at ``same``: there is nothing to compare."""
+    not carried out, the most frequent of those that are not the student's own. ``agreement``: by uid and turn
+    of the ``asked`` states that were answered, the share of the answers that are the student's own action.
+    ``preferred``: what a judge said of the pairs that there were, where it was asked."""
 
     trajectories: tuple[Trajectory, ...] = ()
     asked: int = 0
-    same: int = 0
+    agreement: Mapping[tuple[str, int], float] = field(default_factory=dict)
+    preferred: Preferred = NO_PREFERENCE
+
+    def judged(self, preferred: Preferred) -> Alternatives:
+        """The pairs of which the judge prefers one action, each with its order."""
+        kept = [
+            replace(one, branch=replace(one.branch, better=preferred.better[one.uid]))
+            for one in self.trajectories
+            if one.branch is not None and one.uid in preferred.better
+        ]
+        return replace(self, trajectories=tuple(kept), preferred=preferred)
 
     def metrics(self) -> dict[str, float | None]:
-        """``alternatives/agreement``: the share of answers that are the student's own action."""
-        answered = len(self.trajectories) + self.same
+        """``alternatives/agreement``: the mean over states."""
+        shares = self.agreement.values()
         return {
             "alternatives/asked": self.asked,
             "alternatives/pairs": len(self.trajectories),
-            "alternatives/agreement": self.same / answered if answered else None,
-        }
+            "alternatives/agreement": sum(shares) / len(shares) if shares else None,
+        } | self.preferred.metrics()
 
 
 def act_otherwise(
@@ -46,10 +61,12 @@ def act_otherwise(
     make: Callable[..., AgentEnv],
     chat: Chat,
     limits: Limits,
+    samples: int = 1,
     world: World = ALONE,
 ) -> Alternatives:
-    """``policy`` acts at up to ``states`` of the student's turns in episodes of the rollout, drawn by
-    ``stream`` (seed, step). Raises NotForkable and ReplayDivergence where a state cannot be come back to."""
+    """``policy`` acts ``samples`` times at each of up to ``states`` of the student's turns in episodes of the
+    rollout, drawn by ``stream`` (seed, step). Raises NotForkable and ReplayDivergence where a state cannot be
+    come back to."""
     places = [
         (one, number)
         for one in trajectories
@@ -59,16 +76,30 @@ def act_otherwise(
     ]
     random = np.random.Generator(np.random.Philox(key=list(stream), counter=[0, 0, 6, 2**63]))
     chosen = [places[index] for index in sorted(random.permutation(len(places))[:states].tolist())]
-    numbered = [(place, (*stream, FIRST_ALTERNATIVE + n)) for n, place in enumerate(chosen)]
+    every = [place for place in chosen for _ in range(samples)]
+    numbered = [(place, (*stream, FIRST_ALTERNATIVE + n)) for n, place in enumerate(every)]
 
     def act(mine: Sequence[tuple[Place, tuple[int, int, int]]]) -> list[Trajectory | None]:
         places, streams = [place for place, _ in mine], [stream for _, stream in mine]
         return act_at(places, policy, _alternative, make=make, chat=chat, limits=limits, streams=streams)
 
-    answered = zip(chosen, world.shared(numbered, act), strict=True)
-    answers = [(one, parent.turns[turn].action) for (parent, turn), one in answered if one is not None]
-    found = tuple(one for one, own in answers if one.turns[-1].action != own)
-    return Alternatives(found, len(chosen), len(answers) - len(found))
+    answered = world.shared(numbered, act, samples)
+    others: list[Trajectory] = []
+    agreement: dict[tuple[str, int], float] = {}
+    for number, (parent, turn) in enumerate(chosen):
+        answers = [one for one in answered[number * samples : (number + 1) * samples] if one is not None]
+        own = [same_action(one.turns[-1].action, parent.turns[turn].action) for one in answers]
+        if answers:
+            agreement[parent.uid, turn] = sum(own) / len(answers)
+        if differing := [one for one, same in zip(answers, own, strict=True) if not same]:
+            others.append(_most_frequent(differing))
+    return Alternatives(tuple(others), len(chosen), agreement)
+
+
+def _most_frequent(others: Sequence[Trajectory]) -> Trajectory:
+    """The first one whose last action is the most frequent."""
+    counts = Counter(one.turns[-1].action for one in others)
+    return max(others, key=lambda one: counts[one.turns[-1].action])
 
 
 def _alternative(acted: Acted) -> Trajectory:

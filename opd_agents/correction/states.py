@@ -10,7 +10,8 @@ from functools import partial
 from typing import TypeAlias, TypeVar
 
 from opd_agents.chat import Chat
-from opd_agents.envs import AgentEnv
+from opd_agents.envs import AgentEnv, Snapshot
+from opd_agents.envs.actions import same_action
 from opd_agents.episode import Limits, Said, read_action, segment_ids
 from opd_agents.errors import NotForkable, ReplayDivergence
 from opd_agents.hosting import Host
@@ -35,8 +36,26 @@ class Acted:
 
     @property
     def same(self) -> bool:
-        """Whether it is what was done there."""
-        return self.said.to_env == self.parent.turns[self.turn].action
+        """Whether it asks for what was done there."""
+        return same_action(self.said.to_env, self.parent.turns[self.turn].action)
+
+    @property
+    def env(self) -> AgentEnv:
+        """The live environment."""
+        assert self.host.env is not None  # one that was restored
+        return self.host.env
+
+    def changes_nothing(self) -> bool:
+        """Whether it is the same in effect: carried out (now, on the live environment) it has the same answer
+        and leads to the same state, under the same noise."""
+        if self.same:
+            return True
+        env, turns = self.env, self.parent.turns
+        observation, _, terminated, _, _ = self.host.call(lambda: env.step(self.said.to_env))
+        own = turns[self.turn]
+        after = turns[self.turn + 1].state_digest if self.turn + 1 < len(turns) else self.parent.final_digest
+        digest = self.host.call(env.state_digest)
+        return (observation, terminated, digest) == (own.observation, own.terminated, after)
 
 
 def act_at(
@@ -51,12 +70,16 @@ def act_at(
 ) -> list[T | None]:
     """Restore each state, let ``policy`` act in it once, and keep what is ``made_of`` that; None where the
     action does not come to an end, and, with a warning, where the environment fails. ``streams`` key the
-    draws."""
+    draws. A state that is named several times is restored once, and acted in as often."""
     if len(places) > (size := limits.max_live or len(places)):
         some = partial(act_at, policy=policy, made_of=made_of, make=make, chat=chat, limits=limits)
         parts = [slice(start, start + size) for start in range(0, len(places), size)]
         return [one for part in parts for one in some(places[part], streams=streams[part])]
-    hosts = [_restored(parent, turn, make, limits) for parent, turn in places]
+    restored: dict[tuple[str, int], Host | None] = {}
+    for parent, turn in places:
+        if (parent.uid, turn) not in restored:
+            restored[parent.uid, turn] = _restored(parent, turn, make, limits)
+    hosts = [restored[parent.uid, turn] for parent, turn in places]
     try:
         histories = [
             _history(parent, turn, host.env, limits, stream)
@@ -69,9 +92,29 @@ def act_at(
             for (parent, turn), host in zip(places, hosts, strict=True)
         ]
     finally:
-        for host in filter(None, hosts):
+        for host in filter(None, restored.values()):
             with contextlib.suppress(Exception, SystemExit):
                 host.close()
+
+
+def saved_at(
+    places: Sequence[Place], *, make: Callable[..., AgentEnv], limits: Limits
+) -> list[Snapshot | None]:
+    """Each state as a value; None, with a warning, where the environment fails."""
+
+    def saved(place: Place) -> Snapshot | None:
+        if (host := _restored(*place, make, limits)) is None or host.env is None:
+            return None
+        try:
+            return host.call(host.env.snapshot)
+        except Exception as error:
+            _may_fail(error, place[0])
+            return None
+        finally:
+            with contextlib.suppress(Exception, SystemExit):
+                host.close()
+
+    return [saved(place) for place in places]
 
 
 def _history(

@@ -3,5 +3,16 @@
 from opd_agents.judging.judge import NOT_ASKED, Asks, Judged, judge_corrections, judge_episodes
 from opd_agents.judging.leaks import leaks
 from opd_agents.judging.opinions import Opinions
+from opd_agents.judging.preferences import Preferred, judge_preferences
 
-__all__ = ["NOT_ASKED", "Asks", "Judged", "Opinions", "judge_corrections", "judge_episodes", "leaks"]
+__all__ = [
+    "NOT_ASKED",
+    "Asks",
+    "Judged",
+    "Opinions",
+    "Preferred",
+    "judge_corrections",
+    "judge_episodes",
+    "judge_preferences",
+    "leaks",
+]

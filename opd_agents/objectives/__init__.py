@@ -30,6 +30,7 @@ from opd_agents.objectives.policy_gradient import (
 from opd_agents.objectives.preference import (
     Form,
     PreferenceSlopes,
+    bradley_terry,
     episode_pairs,
     preference_loss,
     token_slopes,
@@ -58,6 +59,7 @@ __all__ = [
     "Target",
     "TokenTerms",
     "TopKTarget",
+    "bradley_terry",
     "divergence",
     "episode_pairs",
     "fused_divergence",

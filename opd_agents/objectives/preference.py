@@ -18,7 +18,8 @@ ANCHORED = frozenset[Form](("dpo", "spin"))  # measured from a reference; the ot
 
 
 class PreferenceSlopes(NamedTuple):
-    """``slopes`` [N]: d(mean loss of the pairs) / d(log-prob) of every token; ``losses`` [P]. Detached."""
+    """``slopes`` [N]: d(mean loss of the pairs) / d(what was given: a log-prob of every token, a score of
+    every sequence); ``losses`` [P]. Detached."""
 
     slopes: Tensor
     losses: Tensor
@@ -121,6 +122,25 @@ def token_slopes(
         )  # fmt: skip
         (slopes,) = torch.autograd.grad(losses.sum() / max(1, len(pairs)), leaf)
     return PreferenceSlopes(slopes, losses.detach())
+
+
+def bradley_terry(scores: Tensor, pairs: Sequence[tuple[int, int]]) -> PreferenceSlopes:
+    """-log sigmoid(s_chosen - s_rejected) of each of the ``pairs`` of ``scores`` [E], nats, and the slopes
+    [E] of their mean: -sigmoid(-margin) / P a pair for the chosen, as much upwards for the rejected (Bradley
+    and Terry, 1952; of a discriminator's scores GAD, arXiv 2511.10643).
+
+    Only differences count, so equal scores give log 2, and slopes add up to 0. Scores of no pair are not
+    looked at and have slope 0, as all have without pairs. Raises AlignmentError for a score of a pair that is
+    not finite.
+    """
+    paired = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
+    used = torch.zeros(len(scores), dtype=torch.bool).index_fill(0, paired.flatten(), True)
+    check_rows("bradley_terry", used, scores=scores)
+    scores = scores.detach()
+    margin = scores[paired[:, 0]] - scores[paired[:, 1]]
+    share = torch.sigmoid(-margin) / max(1, len(pairs))
+    slopes = torch.zeros_like(scores).index_add(0, paired[:, 0], -share).index_add(0, paired[:, 1], share)
+    return PreferenceSlopes(slopes, -logsigmoid(margin))
 
 
 def episode_pairs(groups: Tensor, chosen: Tensor, rejected: Tensor) -> list[tuple[int, int]]:

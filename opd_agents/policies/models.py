@@ -173,16 +173,22 @@ def load_chat(
 ) -> Chat:
     """The chat of a checkpoint: ``settings`` (template, kwargs, system) or those it was saved with. An action
     ends also where the checkpoint's generation_config.json says. Raises UserError."""
+    settings = chat_settings(path) if settings is None else settings
+    return Chat(tokenizer, **settings, ends=_generation_ends(path))
+
+
+def chat_settings(path: str) -> dict[str, Any]:
+    """What a checkpoint was saved with; empty where nothing was. Raises CheckpointError."""
     saved = Path(path) / CHAT_FILE
-    if settings is None and saved.is_file():
-        try:
-            settings = ChatSettings.model_validate_json(saved.read_bytes()).model_dump()
-        except ValueError:
-            raise CheckpointError(
-                f"{saved} holds no settings of a chat. Put it back as it was saved, or remove it and give "
-                "them in the section `chat` of the config."
-            ) from None
-    return Chat(tokenizer, **(settings or {}), ends=_generation_ends(path))
+    if not saved.is_file():
+        return {}
+    try:
+        return ChatSettings.model_validate_json(saved.read_bytes()).model_dump()
+    except ValueError:
+        raise CheckpointError(
+            f"{saved} holds no settings of a chat. Put it back as it was saved, or remove it and give "
+            "them in the section `chat` of the config."
+        ) from None
 
 
 def _generation_ends(path: str) -> list[int | None]:
@@ -303,9 +309,11 @@ def _met_weights(model: PreTrainedModel, parameters: Sequence[nn.Parameter]) -> 
     if experts:
         chosen = model.config.get_text_config().num_experts_per_tok
         matrices += sum(p.numel() // len(p) for p in experts) * chosen
-    projection = model.get_output_embeddings().weight
-    tied = id(projection) in tables and any(p is projection for p in parameters)
-    return matrices + (projection.numel() if tied else 0)
+    projection = model.get_output_embeddings()
+    if projection is None:  # layers without a head
+        return matrices
+    tied = id(projection.weight) in tables and any(p is projection.weight for p in parameters)
+    return matrices + (projection.weight.numel() if tied else 0)
 
 
 def _embeddings(model: PreTrainedModel) -> Tensor:

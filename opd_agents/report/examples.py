@@ -87,9 +87,9 @@ class RepairView:
     teacher: ActionView
     observation: str  # what the student's action led to
     kl_sum: float | None
-    trials: int
-    success_student: float
-    success_repair: float
+    arms: Mapping[str, tuple[int, int]]  # successes and rollouts of `repair`, and of `own` or `retry` or both
+    better: float  # probability that the repair is the best of them
+    control: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,9 +294,11 @@ def _repair(line: Mapping[str, Any], stage: str) -> RepairView:
             teacher=action_view(repair["teacher_action"]),
             observation=views[turn].observation,
             kl_sum=views[turn].kl_sum,
-            trials=int(repair["trials"]),
-            success_student=float(repair["success_student"]),
-            success_repair=float(repair["success_repair"]),
+            arms={
+                name: (int(of[0]), int(of[1])) for name, of in repair["evidence"].items() if name != "better"
+            },
+            better=float(repair["evidence"]["better"]),
+            control=bool(repair["control"]),
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise _unreadable(line["path"], error) from error
