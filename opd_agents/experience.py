@@ -7,28 +7,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from opd_agents import envs
 from opd_agents.batch import Packed, pack
 from opd_agents.composition import Composed, compose, group_numbers, selected, weigh
-from opd_agents.config import Component, Correction, Distill, Policy, Preference
-from opd_agents.correction import Proposed, Repair, correct, improbable, may_be_repaired
-from opd_agents.correction.states import Place
+from opd_agents.config import Component, Distill, Policy, Preference
+from opd_agents.correction import Repair
 from opd_agents.credit import assign_credit, factors, with_factors
 from opd_agents.discriminator import compared
 from opd_agents.errors import AlignmentError, EnvironmentContractError
 from opd_agents.frozen import FrozenTerms, check_behaviour, frozen_terms
 from opd_agents.judging import NOT_ASKED, Judged, Opinions
 from opd_agents.plugins import Reward, load_credit, load_reward
-from opd_agents.policies.base import Policy as ActingPolicy
 from opd_agents.policies.models import forward_flops
 from opd_agents.policies.probe import GAPS
 from opd_agents.session import Session
 from opd_agents.teachers import HiddenStates, SampledLogprobs, SpanLogprobs, TeacherSignal, TeacherTopK
-from opd_agents.teachers.api import Writable
 from opd_agents.types import ActionFeedback, Actor, Credit, Outcome, Trajectory, Verdict
 from opd_agents.weighting import WeightInputs
 
@@ -54,6 +49,7 @@ class Experience:
     feedback: tuple[ActionFeedback, ...] = ()  # a judge's, of the rollouts and of alternatives to them
     agreement: Mapping[tuple[str, int], float] = field(default_factory=dict)  # see Alternatives
     proposed: Judged = NOT_ASKED  # what a judge would have corrected in them
+    locating_tokens: int = 0  # generated to find what is to be corrected
     likeness: Tensor | None = None  # a discriminator's score of each trajectory (float32 [E]; NaN: of none)
 
     @property
@@ -117,27 +113,6 @@ def _reads_terms(session: Session, trajectories: Sequence[Trajectory]) -> bool:
     return sampled or any(component.kind != "ce" or component.weights for component in components)
 
 
-def with_repairs(session: Session, experience: Experience) -> Experience:
-    """The experience and its accepted repairs, within the share of tokens that the config grants them."""
-    settings = session.config.correction
-    if settings is None:
-        return experience
-    totals, share = session.totals, settings.token_share
-    rolled_out = totals["generated_tokens"] - totals["correction_tokens"]
-    rolled_out += sum(one.n_action_tokens for one in experience.trajectories if one.branch is None)
-    token_budget = share / (1 - share) * rolled_out - totals["correction_tokens"]
-    if token_budget <= 0:  # before a judge is paid for what cannot be proved
-        return experience
-    errors, policy, judged = _proposals(session, experience, settings)
-    repairs = correct(
-        errors, settings, stream=(session.config.seed, session.step), token_budget=token_budget,
-        student=session.student_sampler, teacher=policy, make=envs.launch, chat=session.chat,
-        limits=session.limits, temperature=session.config.rollout.temperature, world=session.world,
-    )  # fmt: skip
-    branches = [repair.branch for repair in repairs if repair.branch is not None]
-    return _joined(replace(experience, proposed=judged), score(session, branches), tuple(repairs))
-
-
 def with_likeness(session: Session, experience: Experience) -> Experience:
     """The experience, with the scores of the discriminator where there is one, as it is before this step."""
     discriminator, scored = session.discriminator, compared(experience.trajectories)
@@ -147,28 +122,7 @@ def with_likeness(session: Session, experience: Experience) -> Experience:
     return replace(experience, likeness=likeness)
 
 
-def _proposals(
-    session: Session, experience: Experience, settings: Correction
-) -> tuple[list[Place], ActingPolicy, Judged]:
-    """Where the earliest errors are, who acts there instead, and what a judge was asked for it."""
-    trajectories = experience.trajectories
-    if settings.propose.by == "teacher" and session.teacher is not None:
-        logprob, below = experience.frozen.references["teacher"].logprob, settings.propose.below
-        errors = improbable(trajectories, experience.packed, logprob, below)
-        return errors, session.teacher.greedy, NOT_ASKED
-    failed = [one for one in trajectories if may_be_repaired(one)]
-    random = np.random.Generator(
-        np.random.Philox(key=[session.config.seed, session.step], counter=[0, 0, 7, 2**63])
-    )
-    some = sorted(random.permutation(len(failed))[: settings.episodes_per_step].tolist())
-    judged = session.world.from_main(lambda: session.judge_errors([failed[index] for index in some]))
-    texts = {one.trajectory: one.replacement or "" for one in judged.feedback}
-    turns = {one.trajectory: one.turn or 0 for one in judged.feedback}
-    errors = [(one, turns[one.uid]) for one in trajectories if one.uid in turns]
-    return errors, Writable(Proposed(texts), session.chat), judged
-
-
-def _joined(experience: Experience, branches: Experience, repairs: tuple[Repair, ...]) -> Experience:
+def joined(experience: Experience, branches: Experience, repairs: tuple[Repair, ...]) -> Experience:
     trajectories = experience.trajectories + branches.trajectories
     signals = {name: _followed(one, branches.signals[name]) for name, one in experience.signals.items()}
     taught = {name: torch.cat([one, branches.taught[name]]) for name, one in experience.taught.items()}
@@ -176,7 +130,7 @@ def _joined(experience: Experience, branches: Experience, repairs: tuple[Repair,
     owned = torch.cat([experience.owned, branches.owned])
     return Experience(
         trajectories, pack(trajectories), signals, taught, frozen, owned, repairs, experience.feedback,
-        experience.agreement, experience.proposed,
+        experience.agreement, experience.proposed, experience.locating_tokens,
     )  # fmt: skip
 
 

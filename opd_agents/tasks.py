@@ -146,8 +146,9 @@ def split_sizes(sources: Sequence[EnvironmentSource]) -> list[int]:
 def check_experts(config: RunConfig) -> None:
     """Raises ConfigError where the scripted expert is to act in an environment that has none."""
     extra = config.rollout.demonstrations
-    others = [other.actor for other in (extra, config.rollout.alternatives) if other is not None]
-    if "expert" not in [*config.rollout.actors, *others]:
+    others = {other.actor for other in (extra, config.rollout.alternatives) if other is not None}
+    corrects = config.correction is not None and config.correction.propose.by == "expert"
+    if "expert" not in config.rollout.actors | others and not corrects:
         return
     for source in config.environments:
         env = envs.make(source.id, **source.options)
@@ -158,7 +159,7 @@ def check_experts(config: RunConfig) -> None:
         if not has_expert:
             raise ConfigError(
                 f"{source.id} has no scripted expert, who is to act (rollout.source, rollout.demonstrations,"
-                " rollout.alternatives)."
+                " rollout.alternatives, correction.propose)."
                 " Let the teacher act, or take another environment."
             )
 

@@ -55,8 +55,7 @@ def settings_of(config: RunConfig) -> dict[str, TeacherSettings]:
 def needs_of(config: RunConfig) -> Mapping[str, frozenset[Need]]:
     """Which references score the trajectories, and what of them is needed; others at most act."""
     needs = dict(reference_needs(config.loss.components))
-    proposes = config.correction is not None and config.correction.propose.by == "teacher"
-    if proposes or config.rollout.teacher_share:
+    if (config.correction is not None and config.correction.propose.scored) or config.rollout.teacher_share:
         needs["teacher"] = needs.get("teacher", frozenset[Need]()) | {"sampled"}
     return needs
 

@@ -18,10 +18,11 @@ from opd_agents.distributed import World, join_world
 from opd_agents.errors import BudgetSpent
 from opd_agents.evaluation import load_suite, run_suite, summarise
 from opd_agents.evaluation.evaluate import model_contestant
-from opd_agents.experience import credit, score, with_likeness, with_repairs
+from opd_agents.experience import credit, score, with_likeness
 from opd_agents.playing import play_step
 from opd_agents.probing import refuse_misaligned
 from opd_agents.progress import Interrupted, StopSignal, progress_bar
+from opd_agents.repairing import with_repairs
 from opd_agents.rollout import rollout
 from opd_agents.runs import BEST, RunFolder, latest_checkpoint
 from opd_agents.session import Session, check_inputs, load_session
@@ -189,7 +190,7 @@ def train_step(session: Session) -> dict[str, Any]:
     told_apart = update_discriminator(session, experience)
     session.advance(
         generated_tokens=sum(t.n_action_tokens for t in played.trajectories) + played.discarded_tokens,
-        correction_tokens=sum(repair.tokens for repair in experience.repairs),
+        correction_tokens=experience.locating_tokens + sum(repair.tokens for repair in experience.repairs),
     )
     session.folder.save_trajectories(session.step, trajectory_rows(experience, assigned.credits))
     _save_transcript(session)

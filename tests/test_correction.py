@@ -367,15 +367,17 @@ def test_the_first_turn_on_which_student_and_teacher_differ_is_located(failed):
     assert divergent(failed, packed, torch.where(last, 0.4, 0.1), 0.5) == []
 
 
+def numbered(failed):
+    return dict(enumerate(failed))
+
+
 def test_the_first_action_that_is_not_the_experts_is_located(failed, desk_chat):
     at = functools.partial(act_at, make=envs.make, chat=desk_chat, limits=LIMIT)
-    expert = functools.partial(disagreed, samples=1, stream=(1, 2), act=at)
-    assert expert(failed, perfect(desk_chat)) == last_turns(failed)
-    assert expert(failed, careless(desk_chat)) == []  # it does just what was done
+    first = functools.partial(disagreed, numbered(failed), samples=1, stream=(1, 2), act=at)
+    assert first(perfect(desk_chat)) == {n: len(one.turns) - 1 for n, one in enumerate(failed)}
+    assert first(careless(desk_chat)) == {}  # it does just what was done
     silent = Scripted(lambda history: LOOK_UP, Actor.TEACHER, desk_chat)
-    assert {turn for _, turn in expert(failed, silent)} == {0}
-    solved = [dataclasses.replace(one, outcome=Outcome.SUCCESS) for one in failed]
-    assert expert(solved, silent) == []
+    assert set(first(silent).values()) == {0}
 
 
 def test_one_of_several_samples_that_agrees_is_enough(failed, desk_chat):
@@ -384,9 +386,13 @@ def test_one_of_several_samples_that_agrees_is_enough(failed, desk_chat):
 
     at = functools.partial(act_at, make=envs.make, chat=desk_chat, limits=LIMIT)
     teacher = Scripted(now_and_then, Actor.TEACHER, desk_chat)
-    one = disagreed(failed, teacher, samples=1, stream=(1, 2), act=at)
-    many = disagreed(failed, teacher, samples=8, stream=(1, 2), act=at)
-    assert many == last_turns(failed) and sum(turn for _, turn in one) < sum(turn for _, turn in many)
+    one, many = (
+        disagreed(numbered(failed), teacher, samples=samples, stream=(1, 2), act=at) for samples in (1, 8)
+    )
+    assert many == {n: len(one.turns) - 1 for n, one in enumerate(failed)}
+    assert sum(one.values()) < sum(many.values())
+    alone = disagreed({3: failed[3]}, teacher, samples=1, stream=(1, 2), act=at)
+    assert alone == {3: one[3]}  # whatever else is asked about, as on another rank
 
 
 def test_the_action_with_which_success_falls_is_located(failed, desk_chat):
@@ -396,8 +402,8 @@ def test_the_action_with_which_success_falls_is_located(failed, desk_chat):
         play = functools.partial(
             rollout, policy=student, make=envs.make, chat=desk_chat, limits=LIMIT, temperature=1.0
         )
-        return dropped(failed, rollouts=2, stream=(1, 2), save=save, play=play)
+        return dropped(numbered(failed), rollouts=2, stream=(1, 2), save=save, play=play)
 
-    places, tokens = located(Scripted(expert, chat=desk_chat))
-    assert places == last_turns(failed) and tokens > 0
-    assert located(careless(desk_chat))[0] == []  # it does not succeed from the start either
+    turns, tokens = located(Scripted(expert, chat=desk_chat))
+    assert turns == {n: len(one.turns) - 1 for n, one in enumerate(failed)} and tokens > 0
+    assert located(careless(desk_chat))[0] == {}  # it does not succeed from the start either

@@ -27,7 +27,16 @@ LAYERS = (
     (
         *("loss", "optimizers", "runs", "tasks", "playing", "progress", "teaching", "references", "student"),
         *("discriminator", "session"),
-        *("step_metrics", "experience", "updates", "probing", "trainer", "evaluation", "diagnostics"),
+        *(
+            "step_metrics",
+            "experience",
+            "repairing",
+            "updates",
+            "probing",
+            "trainer",
+            "evaluation",
+            "diagnostics",
+        ),
         *("estimate", "checking"),
         *("export", "traces"),
     ),

@@ -113,7 +113,7 @@ def _selects_fit(config: Stage) -> None:
         actors.add(rollout.alternatives.actor)
         sources.add("alternative")
     if config.correction is not None:
-        actors |= {"student", "teacher"}
+        actors |= {"student", "expert" if config.correction.propose.by == "expert" else "teacher"}
         sources.add("correction")
     for name, component in config.loss.components.items():
         for select in selects_of(component):

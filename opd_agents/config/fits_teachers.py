@@ -48,7 +48,8 @@ def _references_given(config: Stage) -> None:
     if reserved := {"teacher", "student"} & config.references.keys():
         raise ValueError(f"references.{min(reserved)}: the name is taken; call it otherwise")
     wanted = reference_needs(config.loss.components).keys()
-    proposes = config.correction is not None and config.correction.propose.by == "teacher"
+    propose = config.correction.propose if config.correction else None
+    proposes = propose is not None and (propose.by == "teacher" or propose.scored)
     judge = config.judge.by if config.judge else None
     if config.teacher is None and (
         "teacher" in {*wanted, judge} or proposes or _teacher_acts(config) or config.rollout.teacher_share

@@ -169,12 +169,43 @@ class Rollout(Section):
 
 
 class Proposal(Section):
-    """Who says which action was the earliest error, and what should have been done: the ``teacher`` by its
-    log-prob of the action and by acting there, or the ``judge`` in words, of which nothing may come from
-    elsewhere than the student's own history (see `opd_agents.judging.leaks`)."""
+    """Which action was the earliest error, and what should have been done there: what the ``teacher`` or the
+    ``expert`` does, or what the ``judge`` says, who names both in words, of which nothing may come from
+    elsewhere than the student's own history (see `opd_agents.judging.leaks`).
 
-    by: Literal["teacher", "judge"] = "teacher"
-    below: float = Field(-2.3, lt=0)  # of a teacher: its log-prob of the action (nats) that marks an error
+    Unless a judge names it, the action is the first one (``where``)
+
+    - ``improbable``: to which the teacher gives a log-prob under ``below`` (nats);
+    - ``divergent``: of whose tokens the student's and the teacher's log-probs differ by more than ``above``
+      (nats, mean of the absolute values);
+    - ``disagreed``: that is none of ``samples`` of theirs in the same state, in words or in effect;
+    - ``dropped``: with which the student's success falls below half of what it was from the start, by
+      bisection with ``rollouts`` of the student from each state that it looks at.
+    """
+
+    by: Literal["teacher", "judge", "expert"] = "teacher"
+    where: Literal["improbable", "divergent", "disagreed", "dropped"] = "improbable"
+    below: float = Field(-2.3, lt=0)
+    above: float = Field(0.5, gt=0)
+    samples: int = Field(1, gt=0)
+    rollouts: int = Field(4, gt=0)
+
+    @property
+    def scored(self) -> bool:
+        """Whether the teacher's log-probs say where."""
+        return self.by != "judge" and self.where in ("improbable", "divergent")
+
+    @model_validator(mode="after")
+    def _used(self) -> Proposal:
+        keys = {"below": "improbable", "above": "divergent", "samples": "disagreed", "rollouts": "dropped"}
+        where = None if self.by == "judge" else self.where
+        for key in (key for key, of in keys.items() if key in self.model_fields_set and of != where):
+            raise ValueError(f"`{key}` is of `where: {keys[key]}`, and nothing here asks for it")
+        if where is None and "where" in self.model_fields_set:
+            raise ValueError("`where` is not asked with `by: judge`, who names the action")
+        if self.by == "expert" and self.where == "disagreed" and self.samples > 1:
+            raise ValueError("`samples`: a scripted expert always does the same")
+        return self
 
 
 class Verification(Section):

@@ -6,7 +6,7 @@ for sure: a teacher finds unusual what is no mistake, and a student's chances ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from opd_agents.policies.base import Policy
 from opd_agents.types import Branch, Outcome, Trajectory
 
 FIRST_LOCATING = 2**24  # stream numbers of the rollouts and the draws that locate errors
+MOST = 4096  # episodes of a step; keeps the streams of turns apart
 
 
 def may_be_repaired(trajectory: Trajectory) -> bool:
@@ -52,78 +53,81 @@ def _first(trajectories: Sequence[Trajectory], packed: Packed, wrong: Tensor) ->
 
 
 def disagreed(
-    trajectories: Sequence[Trajectory],
+    failed: Mapping[int, Trajectory],
     policy: Policy,
     *,
     samples: int,
     stream: tuple[int, int],
     act: Callable[..., list[bool | None]],
-) -> list[Place]:
-    """(failed trajectory, its first action that is none of ``samples`` of ``policy`` in the same state, each
-    carried out there: one with the same answer that leaves the same state is the same).
+) -> dict[int, int]:
+    """Of each of the ``failed`` episodes, by its number in the step, the first action that is none of
+    ``samples`` of ``policy`` in the same state, in words or in effect: these are carried out there, and one
+    with the same answer that leaves the same state is the same. Not of one where there is no such action.
 
     ``act`` is `act_at` with its environments. One turn of all of them is asked about at a time, as ``policy``
     may cost; a turn that it has no answer for is passed over.
     """
-    found: dict[str, Place] = {}
-    left, turn = [one for one in trajectories if may_be_repaired(one)], 0
-    while left := [one for one in left if one.uid not in found and turn < len(one.turns)]:
-        places = [(one, turn) for one in left]
+    found: dict[int, int] = {}
+    left, turn = dict(failed), 0
+    while left := {n: one for n, one in left.items() if n not in found and turn < len(one.turns)}:
+        places = [(one, turn) for one in left.values()]
+        first = FIRST_LOCATING + turn * MOST * samples
         asked = [
-            act(places, policy, Acted.changes_nothing, streams=[
-                (*stream, FIRST_LOCATING + (turn * len(trajectories) + number) * samples + draw)
-                for number in range(len(left))
-            ])
+            act(
+                places, policy, Acted.changes_nothing,
+                streams=[(*stream, first + number * samples + draw) for number in left],
+            )
             for draw in range(samples)
         ]  # fmt: skip
-        for one, answers in zip(left, zip(*asked, strict=True), strict=True):
+        for number, answers in zip(left, zip(*asked, strict=True), strict=True):
             said = [answer for answer in answers if answer is not None]
             if said and not any(said):
-                found[one.uid] = (one, turn)
+                found[number] = turn
         turn += 1
-    return [found[one.uid] for one in trajectories if one.uid in found]
+    return found
 
 
 def dropped(
-    trajectories: Sequence[Trajectory],
+    failed: Mapping[int, Trajectory],
     *,
     rollouts: int,
     stream: tuple[int, int],
     save: Callable[[Sequence[Place]], list[Snapshot | None]],
     play: Play,
-) -> tuple[list[Place], int]:
-    """(failed trajectory, the action with which the student's success falls below half of what it is from the
-    start), by bisection with ``rollouts`` from each state that it looks at; and the tokens generated.
+) -> tuple[dict[int, int], int]:
+    """Of each of the ``failed`` episodes, by its number in the step, the action with which the student's
+    success falls below half of what it is from the start, by bisection with ``rollouts`` from each state that
+    it looks at; and the tokens generated.
 
     ``save`` is `saved_at` with its environments. Bisection finds *a* fall: success need not fall once and for
     all. Where the student does not succeed from the start either, there is nothing to fall.
     """
-    failed = [one for one in trajectories if may_be_repaired(one)]
-    ends = {one.uid: (0, len(one.turns)) for one in failed}  # all is well at the first, not at the second
-    tokens = looks = 0
+    tokens = 0
 
-    def shares(places: Sequence[Place]) -> list[float]:
-        nonlocal tokens, looks
-        episodes = []
-        for (one, turn), state in zip(places, save(places), strict=True):
-            first, looks = FIRST_LOCATING + looks * rollouts, looks + 1
-            if state is not None:
-                names = {first + number: f"value{turn}-{number}" for number in range(rollouts)}
-                episodes += [
-                    branched(one, turn, state, None, name, (*stream, place)) for place, name in names.items()
-                ]
-        played = {one.uid: one for one in play(episodes)} if episodes else {}
-        tokens += sum(generated(t.turns[t.branch.turn :]) for t in played.values() if t.branch)
-        by = [[t for t in played.values() if t.branch == Branch(one.uid, turn)] for one, turn in places]
-        return [Arm.of(found).share or 0.0 for found in by]
+    def shares(turns: Mapping[int, int]) -> dict[int, float]:
+        nonlocal tokens
+        states = save([(failed[number], turn) for number, turn in turns.items()])
+        episodes = [
+            branched(
+                failed[number], turn, state, None, f"value{turn}-{trial}",
+                (*stream, FIRST_LOCATING + (turn * MOST + number) * rollouts + trial),
+            )
+            for (number, turn), state in zip(turns.items(), states, strict=True)
+            if state is not None
+            for trial in range(rollouts)
+        ]  # fmt: skip
+        played = play(episodes) if episodes else []
+        arms: dict[Branch | None, list[Trajectory]] = {}
+        for one in played:
+            arms.setdefault(one.branch, []).append(one)
+        tokens += sum(generated(one.turns[one.branch.turn :]) for one in played if one.branch)
+        return {n: Arm.of(arms.get(Branch(failed[n].uid, k), ())).share or 0.0 for n, k in turns.items()}
 
-    places = [(one, 0) for one in failed]
-    values = {one.uid: share for (one, _), share in zip(places, shares(places), strict=True)}
-    alive = [one for one in failed if values[one.uid]]
-    while places := [
-        (one, sum(ends[one.uid]) // 2) for one in alive if ends[one.uid][1] - ends[one.uid][0] > 1
-    ]:
-        for (one, turn), share in zip(places, shares(places), strict=True):
-            low, high = ends[one.uid]
-            ends[one.uid] = (turn, high) if share >= values[one.uid] / 2 else (low, turn)
-    return [(one, ends[one.uid][0]) for one in alive], tokens
+    start = shares(dict.fromkeys(failed, 0)) if failed else {}
+    ends = {n: (0, len(failed[n].turns)) for n, share in start.items() if share}  # well before the first
+    while turns := {n: (low + high) // 2 for n, (low, high) in ends.items() if high - low > 1}:
+        for number, share in shares(turns).items():
+            low, high = ends[number]
+            well = share >= start[number] / 2
+            ends[number] = (turns[number], high) if well else (low, turns[number])
+    return {number: low for number, (low, _) in ends.items()}, tokens
