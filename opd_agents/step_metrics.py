@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd_agents.config import Recorded
+from opd_agents.config import Correction, Recorded
 from opd_agents.correction import Repair
 from opd_agents.correction.evidence import Evidence, false_verdicts
 from opd_agents.evaluation.metrics import invalid_calls
@@ -54,7 +54,7 @@ def step_metrics(
     row |= _advantages(experience, assigned)
     if session.config.correction is not None:
         row |= {
-            **_repairs(repairs),
+            **_repairs(repairs, session.config.correction),
             "correction/token_share": session.totals["correction_tokens"]
             / max(1.0, session.totals["generated_tokens"]),
         }
@@ -189,28 +189,28 @@ def trajectory_rows(experience: Experience, credits: Sequence[Sequence[Credit]])
     ]
 
 
-def _repairs(repairs: Sequence[Repair]) -> dict[str, float | None]:
-    """What was proposed and accepted; of the controls, random actions, too. The gain is what audits of
-    accepted repairs found, in success rate, over their best rival."""
+def _repairs(repairs: Sequence[Repair], settings: Correction) -> dict[str, float | None]:
+    """What was proposed and accepted, also of the controls, which are random actions. The gain is what audits
+    of accepted repairs found, in success rate, over their best rival."""
     meant, controls = (
         [repair for repair in repairs if repair.control is control] for control in (False, True)
     )
-    audited = [(repair.accepted, repair.audit) for repair in meant if repair.audit is not None]
-    gains = [found.gain for accepted, found in audited if accepted and found.gain is not None]
-    wrong = false_verdicts(audited)
-    return {
+    row: dict[str, float | None] = {
         "correction/proposed": len(meant),
         "correction/accepted": sum(repair.accepted for repair in meant),
-        "correction/rollouts": sum(
-            arm.played for one in repairs for arm in (one.evidence.repair, *one.evidence.rivals.values())
-        ),
-        "correction/controls": len(controls),
-        "correction/controls_accepted": sum(repair.accepted for repair in controls),
-        "correction/audited": len(audited),
-        "correction/audited_gain": sum(gains) / len(gains) if gains else None,
-        "correction/falsely_accepted": wrong[0],
-        "correction/falsely_rejected": wrong[1],
+        "correction/rollouts": sum(repair.evidence.played for repair in repairs),
     }
+    if settings.random:
+        row["correction/controls"] = len(controls)
+        row["correction/controls_accepted"] = sum(repair.accepted for repair in controls)
+    if settings.audit is not None:
+        audited = [(repair.accepted, repair.audit) for repair in meant if repair.audit is not None]
+        gains = [found.gain for accepted, found in audited if accepted and found.gain is not None]
+        wrong = false_verdicts(audited)
+        row["correction/audited"] = len(audited)
+        row["correction/audited_gain"] = sum(gains) / len(gains) if gains else None
+        row |= {"correction/falsely_accepted": wrong[0], "correction/falsely_rejected": wrong[1]}
+    return row
 
 
 def _repair_row(trajectory: Trajectory, repairs: Sequence[Repair]) -> dict[str, Any] | None:

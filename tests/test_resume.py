@@ -275,7 +275,7 @@ def written(config: RunConfig, file: Path) -> Path:
 def kill_and_finish(config: RunConfig, file: Path, kills: list[str]) -> list[str]:
     """Run ``killing.py``; what it reports: a line for each kill and one for the end."""
     command = [sys.executable, str(HERE / "killing.py"), str(written(config, file)), *kills]
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=100)
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
 
@@ -296,6 +296,7 @@ def test_killed_and_resumed(tmp_path: Path, make: Callable[..., RunConfig], whol
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_ten_times_and_resumed(tmp_path: Path, make: Callable[..., RunConfig], seed: int) -> None:
     draw = random.Random(seed)

@@ -299,6 +299,7 @@ def test_both_shops_are_the_same_step_by_step(web: dict[str, AgentEnv], level: s
 
 @real
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("level", LEVELS)
 def test_both_shops_are_the_same_in_many_episodes(web: dict[str, AgentEnv], level: str) -> None:
     text = make(TEXT, level=level, max_turns=30)

@@ -1,6 +1,7 @@
 """ScienceWorld, TextWorld, BabyAI and gymnasium's own environments, played in words."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -262,6 +263,7 @@ def test_a_simulator_that_hangs_is_ended(science: ScienceWorld) -> None:
     science.reset(seed=0, options={"task_id": "5"})
     simulator = science._simulator
     simulator.process.send_signal(signal.SIGSTOP)
+    os.waitpid(simulator.process.pid, os.WUNTRACED)  # it has stopped
     with pytest.raises(ToolError, match="stopped answering"):
         simulator.ask("step", "look around", timeout=0.5)
     assert not simulator.alive

@@ -168,6 +168,7 @@
       .map((part) => part.outerHTML)),
     fields: pages().map((page) => [...page.querySelectorAll("input, select, textarea")]
       .map((field) => [field.value, field.checked, field.selectedIndex])),
+    selected: pages().map((page) => String(page.getSelection())),
     random: Math.random.state(),
     outcome: outcome(),
   });

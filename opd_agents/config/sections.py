@@ -199,9 +199,10 @@ class Proposal(Section):
     def _used(self) -> Proposal:
         keys = {"below": "improbable", "above": "divergent", "samples": "disagreed", "rollouts": "dropped"}
         where = None if self.by == "judge" else self.where
-        for key in (key for key, of in keys.items() if key in self.model_fields_set and of != where):
+        given = {key for key, field in type(self).model_fields.items() if getattr(self, key) != field.default}
+        for key in (key for key, of in keys.items() if key in given and of != where):
             raise ValueError(f"`{key}` is of `where: {keys[key]}`, and nothing here asks for it")
-        if where is None and "where" in self.model_fields_set:
+        if where is None and "where" in given:
             raise ValueError("`where` is not asked with `by: judge`, who names the action")
         if self.by == "expert" and self.where == "disagreed" and self.samples > 1:
             raise ValueError("`samples`: a scripted expert always does the same")

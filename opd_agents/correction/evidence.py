@@ -39,6 +39,11 @@ class Evidence:
     rivals: Mapping[str, Arm]
 
     @property
+    def played(self) -> int:
+        """Rollouts of all arms."""
+        return self.repair.played + sum(arm.played for arm in self.rivals.values())
+
+    @property
     def better(self) -> float:
         """The least probability with which the repair succeeds more often than a rival."""
         return min(probability_better(self.repair, rival) for rival in self.rivals.values())
