@@ -124,7 +124,22 @@ class Tab:
             raise ToolError("there is no page to go back to")
         self._failure = ""
         await self._cdp.send("Page.navigateToHistoryEntry", {"entryId": history["entries"][place]["id"]})
+        try:
+            await asyncio.wait_for(self._arrived(place), self._timeout)
+        except TimeoutError:
+            await self._give_up()
         await self.settle()
+
+    async def _arrived(self, place: int) -> None:
+        """Wait until an entry of the history is the present one, or it turns out to lead nowhere: right after
+        it was asked for, the page before is still there, and as quiet as ever."""
+        began = False
+        while not (self._failure or (began and self._loaded.is_set())):
+            with contextlib.suppress(self._chromium.playwright.Error):  # while one page takes over from another
+                if (await self._cdp.send("Page.getNavigationHistory"))["currentIndex"] == place:
+                    return
+            began |= not self._loaded.is_set()
+            await asyncio.sleep(0.005)
 
     async def forget_history(self) -> None:
         await self._cdp.send("Page.resetNavigationHistory")

@@ -78,4 +78,5 @@ class TextBrowser:
         if form.method == "get":
             self.goto(f"{form.path}?{urlencode(data)}")
         else:
-            self.goto(self.store.send(form.path, data))
+            self.history.append(self.store.send(form.path, data))  # a visit of its own, also of the same page
+            self.typed = {}
