@@ -21,6 +21,7 @@ from opd_agents.config import (
     RunConfig,
     conditioning_of,
 )
+from opd_agents.config.base import bounds
 from opd_agents.config.needs import Need
 from opd_agents.distributed import World
 from opd_agents.episode import Episode, Limits
@@ -59,9 +60,9 @@ class References:
         self.singles: dict[str, Teacher] = {}
         self.conditioners: dict[str, Conditioner] = {}
         self.debates: dict[str, Debaters] = {}
-        rollout = config.rollout
+        rollout, most = config.rollout, config.rollout.max_turns
         limits = Limits(
-            max_turns=rollout.max_turns, step_timeout=rollout.step_timeout,
+            max_turns=None if most is None else int(bounds(most)[1]), step_timeout=rollout.step_timeout,
             episode_timeout=rollout.episode_timeout, max_live=rollout.max_live,
         )  # fmt: skip
         for name, settings in settings_of(config).items():

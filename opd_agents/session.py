@@ -156,11 +156,14 @@ class Session:
     @property
     def limits(self) -> Limits:
         """Of this step's episodes."""
-        rollout, most = self.config.rollout, self.config.rollout.max_action_tokens
+        rollout = self.config.rollout
+        turns, action_tokens = (
+            None if most is None else int(self.at(most))
+            for most in (rollout.max_turns, rollout.max_action_tokens)
+        )
         return Limits(
-            rollout.max_tokens_per_turn, rollout.max_context_tokens, rollout.max_turns, rollout.step_timeout,
-            rollout.max_observation_tokens, None if most is None else int(value_at(most, self.clock)),
-            rollout.episode_timeout, rollout.max_live,
+            rollout.max_tokens_per_turn, rollout.max_context_tokens, turns, rollout.step_timeout,
+            rollout.max_observation_tokens, action_tokens, rollout.episode_timeout, rollout.max_live,
         )  # fmt: skip
 
     @property

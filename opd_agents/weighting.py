@@ -20,6 +20,7 @@ from opd_agents.config.weights import (
     Accepted,
     ActionAgreement,
     Agreement,
+    BeliefRevision,
     GroupFailed,
     KLCollapse,
     LikelihoodShift,
@@ -141,21 +142,17 @@ def factor(
     """What ``weight`` multiplies every action token by: [N], 0 where the component does not look.
 
     ``at`` gives a scheduled value at this step, ``advantage`` [N] is that of the reward which a
-    ``likelihood_shift`` gates. Raises ConfigError where a reference does not tell what the weight needs, or
-    there is no advantage; AlignmentError where what it reads of a selected token is not finite.
+    ``likelihood_shift`` or a ``belief_revision`` gates. Raises ConfigError where a reference does not tell
+    what the weight needs, or there is no advantage; AlignmentError where what it reads of a selected token is
+    not finite.
     """
     chosen = inputs.selected
     own = inputs.only(chosen)
     match weight:
-        case LikelihoodShift():
+        case LikelihoodShift() | BeliefRevision():
             if advantage is None:
-                raise ConfigError("likelihood_shift follows a reward's advantage: a gate of `rewards` alone")
-            values = weights.likelihood_shift(
-                own.gap(weight.reference),
-                _finite(advantage=advantage[chosen]),
-                strength=at(weight.strength),
-                clip=weight.clip,
-            )
+                raise ConfigError(f"{weight.kind} follows a reward's advantage: a gate of `rewards` alone")
+            values = _of_advantage(weight, own, _finite(advantage=advantage[chosen]), at)
         case OutcomeWeight() | GroupFailed() | PassRate() | Perplexity():
             values = _of_episodes(weight, own)
         case TurnDivergence() | TurnDisagreement() | KLCollapse():
@@ -177,6 +174,19 @@ def factor(
     result = torch.zeros(len(chosen), dtype=torch.promote_types(inputs.logprob.dtype, torch.float32))
     result[chosen] = values.to(result.dtype)
     return result
+
+
+def _of_advantage(
+    weight: LikelihoodShift | BeliefRevision, own: WeightInputs, advantage: Tensor, at: At
+) -> Tensor:
+    d = own.gap(weight.reference)
+    if isinstance(weight, LikelihoodShift):
+        return weights.likelihood_shift(d, advantage, strength=at(weight.strength), clip=weight.clip)
+    rates = weights.pass_rates(own.success, own.group, own.counted)[own.episode]
+    return weights.belief_revision(
+        d, advantage, own.turn, own.episode, rates.nan_to_num(0.5), decay=weight.decay,
+        strength=weight.strength, clip=weight.clip,
+    )  # fmt: skip
 
 
 def _of_tokens(weight: TopTokens | TeacherEntropy | Accepted | Agreement, own: WeightInputs) -> Tensor:

@@ -98,18 +98,6 @@ def test_a_component_is_a_method_of_the_field(name: str, rewarded: Rewarded) -> 
     assert_same(ours, rewarded.plain(formula(rewarded.seen(rewarded.episodes))), rtol=2e-5)
 
 
-def test_sdar_is_a_gate_on_the_likelihood(rewarded: Rewarded) -> None:
-    """GRPO + 0.01 sigma(5 d) (log p - log q), the gate detached: only log q has a gradient, that of `ce`."""
-    components = {
-        "grpo": component(**verifier()),
-        "gate": component(kind="ce", coef=0.01, weights=[AGREED]),
-    }
-    s = rewarded.seen(rewarded.episodes)
-    loss = grpo(s) + 0.01 * ((5 * s.d).sigmoid() * (s.teacher - s.new)).mean()
-    ours, expected = rewarded.trained(components, rewarded.episodes)[1], rewarded.plain(loss)[1]
-    assert float((ours - expected).norm()) <= 1e-5 * float(expected.norm())
-
-
 def truncated(w: Tensor) -> Tensor:
     return w.clamp(max=2.0)
 

@@ -54,6 +54,8 @@ SMALL: dict[Place, Any] = {  # numbers of the presets that a run of two short tu
     ("rollout", "group_size"): 3,
     ("rollout", "max_action_tokens", "start"): 4,
     ("rollout", "max_action_tokens", "end"): 12,
+    ("rollout", "max_turns", "end"): 2.6,
+    ("rollout", "alternatives", "states"): 16,
     ("teacher", "every"): 1,
     ("teacher", "debate", "max_tokens"): 4,
 }
@@ -63,6 +65,7 @@ BOUND = {
     *("divergence", "tail", "ratio", "mismatch", "clip_low", "clip_high", "denominator", "form", "when"),
     "discriminator",
 }
+LONGER = ("turn_divergence", "belief_revision")  # weights to which two turns are like any other two
 STEPS = 10  # of which three are over: a third of the way, where a line and a cosine are apart
 WORD = "yes"  # one token of the student's
 
@@ -183,6 +186,8 @@ class Run:
         raw: dict[str, Any] = tiny.sft(self.folder, method=None, **own)
         episodes = 120 if isinstance(own["rollout"]["source"], dict) else 24  # shares show in many turns
         raw["rollout"] = {"episodes_per_step": episodes, **tiny.LIMITS} | own["rollout"]
+        if any(kind in json.dumps(own["loss"]) for kind in LONGER):
+            raw["environments"] = [{"id": "tiny/Parity-v0", "options": {"wanted": 3}}]
         raw["student"] = {"build": tiny.BUILD | {"tokenizer": str(self.teacher)}}
         raw["trainer"] |= {"steps": STEPS, "learning_rate": 0.1, "optimizer": "adamw"}
         if "teacher" in own:
@@ -205,7 +210,11 @@ class Run:
         )  # fmt: skip
         if session.discriminator is not None:  # one that has an opinion
             torch.nn.init.normal_(session.discriminator.reader.direction, generator=random)
-        experience = with_likeness(session, score(session, played.trajectories, played.judged.feedback))
+        otherwise = session.alternatives(played.trajectories)
+        agreement = {place: n % 3 / 2 for n, place in enumerate(otherwise.agreement)}  # noise agrees nowhere
+        trajectories = [*played.trajectories, *otherwise.trajectories]
+        scored = score(session, trajectories, played.judged.feedback, agreement)
+        experience = with_likeness(session, scored)
         packed = experience.packed  # recorded log-probs as of a sampler that rounds, and of weights long past
         noise = torch.randn(len(packed.behaviour), generator=random)
         packed = dataclasses.replace(packed, behaviour=(packed.behaviour + noise).clamp(max=0.0))

@@ -54,6 +54,8 @@ def started(method: str, folder: Path) -> Session:
         },
         "trainer": {"updates_per_step": 4, "optimizer": "muon", "learning_rate": 1e-3},
     }
+    if "max_turns" in own["rollout"]:  # of a first turn this student has little to learn
+        raw["rollout"]["max_turns"] = {"start": 4}
     raw["teacher"] = {"model": TEACHER}
     if "teacher" in own:
         raw["teacher"] = tiny.members(own, TEACHER, STUDENT, max_tokens=8)

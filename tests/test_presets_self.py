@@ -81,6 +81,14 @@ def sdpo(s: Told) -> Tensor:
     return (s.r.detach().clamp(max=2) * jsd(s.p, s.q, best))[s.taught].mean()
 
 
+def sdpo_env_feedback(s: Told) -> Tensor:
+    """min(r, 2) KL(q || p) over the student's top 100 and the rest."""
+    best = s.q.detach().topk(min(100, s.q.shape[1] - 1)).indices
+    heads = [one.exp().gather(1, best) for one in (s.p, s.q)]
+    p, q = (torch.cat([head, 1 - head.sum(-1, keepdim=True)], 1) for head in heads)
+    return (s.r.detach().clamp(max=2) * torch.xlogy(q, q / p).sum(-1))[s.taught].mean()
+
+
 # ---- the formulas, at a student that has moved on since it sampled ----
 
 
@@ -90,12 +98,17 @@ def seen(rewarded: Rewarded, now: Any, teacher: Any, taught: Tensor) -> Told:
     return Told(packed, log_probs(now, packed), log_p, packed.behaviour.double(), taught)
 
 
-@pytest.mark.parametrize(("method", "formula"), [("opsd", opsd), ("crisp", crisp), ("sdpo", sdpo)])
+FORMULAS: dict[str, Callable[[Told], Tensor]] = {
+    "opsd": opsd, "crisp": crisp, "sdpo": sdpo, "sdpo_env_feedback": sdpo_env_feedback,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "formula"), FORMULAS.items())
 def test_a_preset_is_its_formula(method: str, formula: Callable[[Told], Tensor], rewarded: Rewarded) -> None:
     """And where the teacher is the student nothing is left to learn."""
     episodes = rewarded.episodes
     taught = (
-        pack(episodes).episode % 3 != 0 if method == "sdpo" else torch.ones(len(pack(episodes).target)) > 0
+        pack(episodes).episode % 3 != 0 if "sdpo" in method else torch.ones(len(pack(episodes).target)) > 0
     )
     expected = rewarded.plain(formula(seen(rewarded, rewarded.model, rewarded.judge, taught)))
     assert expected[0] > 0.01
@@ -110,6 +123,7 @@ def test_a_preset_is_its_formula(method: str, formula: Callable[[Told], Tensor],
     [
         ("opsd", ["clip=1e9"], ["divergence=forward_kl", "denominator=episode"]),
         ("sdpo", ["k=160", "ratio_clip=null"], ["divergence=jsd", "beta=0.5"]),
+        ("sdpo_env_feedback", ["k=160", "ratio_clip=null"], []),
         ("crisp", [], []),
     ],
 )
@@ -209,6 +223,9 @@ SOLUTION = (
 )
 
 
+FEEDBACK = "The following is feedback from your unsuccessful earlier attempt:"
+
+
 def solution(trajectory: Trajectory) -> str:
     """What the expert of the environment does, whatever the task."""
     return SOLUTION
@@ -231,6 +248,12 @@ def peers(trajectories: Sequence[Trajectory]) -> Callable[[Trajectory], str | No
         return found and f"Correct solution or feedback:\n{found}\nCorrectly solve the original task."
 
     return told
+
+
+def feedback(trajectory: Trajectory) -> str | None:
+    """What a failed episode was last told."""
+    said = trajectory.turns[-1].observation
+    return None if trajectory.success else f"{FEEDBACK}\n{said}\nCorrectly solve the original task."
 
 
 def averaged(start: Any, now: Any) -> Any:
@@ -279,24 +302,23 @@ def assert_learned(step: Step, loss: Tensor) -> None:
     assert float(gradient.norm()) > 1e-3
 
 
-@pytest.mark.parametrize("method", ["opsd", "crisp", "sdpo", "rlsd"])
+@pytest.mark.parametrize("method", ["opsd", "crisp", "sdpo", "sdpo_env_feedback", "rlsd"])
 def test_a_step_of_a_run_is_the_formula_on_prompts_that_tell_more(
     method: str, tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = second_step(tmp_path / "run", method, tiny_teacher, monkeypatch)
     episodes = step.experience.trajectories
     assert 0 < sum(t.success for t in episodes) < len(episodes)
-    told, place = {"crisp": (brevity, "system"), "sdpo": (peers(episodes), "user")}.get(
-        method, (solution, "user")
-    )
-    teacher = {"sdpo": averaged(step.start, step.before), "rlsd": step.before}.get(method, step.start)
+    by_outcome = {"sdpo": peers(episodes), "sdpo_env_feedback": feedback}
+    told, place = {"crisp": (brevity, "system")}.get(method, (by_outcome.get(method, solution), "user"))
+    average = averaged(step.start, step.before)
+    teacher = {"rlsd": step.before}.get(method, average if method in by_outcome else step.start)
     s = told_of(step, episodes, teacher, told, place)
-    assert bool(s.taught.all()) == (method != "sdpo")
-    formulas: dict[str, Callable[[Told], Tensor]] = {"opsd": opsd, "crisp": crisp, "sdpo": sdpo}
-    assert_learned(step, formulas[method](s) if method in formulas else rlsd(s, episodes))
+    assert bool(s.taught.all()) == (method not in by_outcome)
+    assert_learned(step, FORMULAS[method](s) if method in FORMULAS else rlsd(s, episodes))
     other = told_of(step, episodes, step.before if method in ("opsd", "crisp") else step.start, told, place)
     with pytest.raises(AssertionError):  # with other weights of the teacher it is another
-        assert_learned(step, formulas[method](other) if method in formulas else rlsd(other, episodes))
+        assert_learned(step, FORMULAS[method](other) if method in FORMULAS else rlsd(other, episodes))
 
 
 def test_a_step_of_hdpo_learns_from_privileged_episodes_of_failed_groups(

@@ -169,6 +169,9 @@ def write_opd_stage(
         arms = {"repair": [6 if accepted else 0, 8], "own": [1, 8], "retry": [2, 8]}
         repair: dict[str, Any] = {"turn": 3, "accepted": accepted, "evidence": arms | {"better": 0.98}}
         repair |= {"audit": None, "control": False}
+        if step == 31:  # of a run without that rival
+            del arms["retry"]
+            repair["evidence"] = arms | {"better": 0.98}
         repair |= {"student_action": json.dumps({"name": "refund", "arguments": {"order_id": NASTY}})}
         repair |= {"teacher_action": json.dumps({"name": "cancel_order", "arguments": {"order_id": "O9"}})}
         parent = episode(str(step), False, f"e{step}")
@@ -315,6 +318,7 @@ def test_what_a_loss_is_composed_of_is_drawn(tmp_path: Path) -> None:
         "Scheduled: joint.coef": ("scheduled/loss.components.joint.coef",),
         "Norm of the gradient": ("grad_norm", "grad_norm/joint", "grad_norm/other"),
         "Most action tokens of an episode": ("scheduled/rollout.max_action_tokens",),
+        "Most turns of an episode": ("scheduled/rollout.max_turns",),
         "Learning rate": ("learning_rate", "scheduled/trainer.learning_rate"),
         "KL per student token, in nats": ("distill/kl", "kl/base"),
     }

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from opd_agents import trainer
 from opd_agents.config import Adaptive, RunConfig, load_config
-from opd_agents.config.base import Ramp, Switch
+from opd_agents.config.base import Ramp, Switch, bounds
 from opd_agents.errors import AlignmentError, ConfigError
 from opd_agents.schedules import Clock, adapt, adaptive_schedules, value_at
 from opd_agents.session import Session
@@ -27,6 +27,12 @@ FALLING = RISING.model_copy(update={"rate": -0.5})
 
 def at(progress: float, adapted: dict[str, float] | None = None) -> Clock:
     return Clock(progress, adapted or {})
+
+
+def test_a_schedule_stays_within_its_bounds() -> None:
+    falling = Ramp(kind="cosine", start=3.0, end=0.5, until=0.5)
+    jump = Switch(kind="switch", start=1.0, end=4.0, at=0.5)
+    assert [bounds(one) for one in (2.0, falling, jump, RISING)] == [(2, 2), (0.5, 3), (1, 4), (0.1, 3)]
 
 
 def test_values_by_progress() -> None:

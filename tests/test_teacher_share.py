@@ -302,10 +302,11 @@ class Elsewhere:
     score = act
 
 
+@pytest.mark.parametrize("key", ["max_action_tokens", "max_turns"])
 @pytest.mark.parametrize("value", ["0", "0.5", "{kind: linear, start: 0, end: 9}"])
-def test_no_room_for_an_action_is_refused(tmp_path: Path, tiny_teacher: Path, value: str) -> None:
-    with pytest.raises(ConfigError, match=r"max_action_tokens.* below 1"):
-        minillm(tmp_path / "run", tiny_teacher, f"rollout.max_action_tokens={value}")
+def test_no_room_for_an_action_is_refused(tmp_path: Path, tiny_teacher: Path, key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key}.* below 1"):
+        minillm(tmp_path / "run", tiny_teacher, f"rollout.{key}={value}")
 
 
 def test_a_growing_budget_lets_episodes_grow(tmp_path: Path, tiny_teacher: Path) -> None:

@@ -44,6 +44,7 @@ EVERY_KIND: list[dict[str, Any]] = [
     {"kind": "prefix", "turns": 1},
     {"kind": "sigmoid"},
     {"kind": "likelihood_shift"},
+    {"kind": "belief_revision"},
     {"kind": "turn_divergence", "form": "published"},
     {"kind": "turn_divergence", "form": "running"},
     {"kind": "turn_disagreement"},
@@ -306,7 +307,7 @@ def test_values_that_are_not_finite_are_refused(value: float) -> None:
     bad = torch.where(torch.arange(N) == 4, value, 0.5).double()
     spoilt = made(references=teacher_with(logprob=bad, kl=bad, entropy=bad))
     reading = [fields for fields in EVERY_KIND if reads_the_reference(fields)]
-    assert len(reading) == 12
+    assert len(reading) == 13
     for fields in reading:
         with pytest.raises(AlignmentError, match="not finite in 1 of"):
             of(fields, spoilt)

@@ -145,6 +145,23 @@ def test_likelihood_shift_is_rlsd_and_never_changes_a_sign() -> None:
         weights.likelihood_shift(d, torch.ones_like(d), strength=1.5, clip=0.2)
 
 
+def test_belief_revision_favours_the_turns_that_speak_for_the_outcome() -> None:
+    """Log-odds from 0: by 1, then half of that and 1 more, then nothing; and an episode of one turn."""
+    turns, episodes = table([[2, 1, 1], [2]])
+    d = torch.tensor([0.25, 0.75, 1.0, -0.75, 3.0, 4.0], dtype=torch.float64)
+    beliefs = [1 / (1 + math.exp(-odds)) for odds in (0, 1, 1.5, 0)]
+    revised = np.diff(beliefs)
+    for advantage in (2.0, -0.5):
+        z = math.copysign(1, advantage) * (revised - revised.mean()) / revised.std()
+        expected = 0.25 + 0.75 * np.clip(1 + 0.5 * z, 0.5, 1.5)
+        found = weights.belief_revision(
+            d, torch.full_like(d, advantage), turns, episodes, torch.full_like(d, 0.5), decay=0.5,
+            strength=0.75, clip=0.5,
+        )  # fmt: skip
+        np.testing.assert_allclose(found.numpy(), [*expected[[0, 0, 1, 2]], 1, 1], rtol=1e-12)
+    assert expected.max() > 1 > expected.min() > 0
+
+
 @settings(max_examples=40, deadline=None)
 @given(SHAPES, SEEDS, st.floats(0, 3))
 def test_turn_divergence_as_published_telescopes(shape: Shape, seed: int, cap: float) -> None:
@@ -266,6 +283,7 @@ def test_nothing_is_differentiated() -> None:
         weights.top_share(x, episodes, 0.5),
         weights.perplexity_weights(x, episodes, groups, prefer="low", temperature=1.0),
         weights.likelihood_shift(x, y, strength=0.5, clip=0.2),
+        weights.belief_revision(x, y, turns, episodes, y.detach(), decay=0.9, strength=0.5, clip=0.2),
         weights.turn_divergence(x, turns, episodes, form="running", cap=0.2),
         weights.turn_disagreement(x, y, turns),
         weights.history_means(x, turns, episodes),
@@ -281,6 +299,7 @@ def test_no_tokens_give_no_weights() -> None:
         weights.perplexity_weights(none, ids, torch.tensor([0, 1]), prefer="low", temperature=1.0),
         weights.without_tokens(ids, ids, frozenset({1}), first_only=True),
         weights.likelihood_shift(none, none, strength=0.5, clip=0.2),
+        weights.belief_revision(none, none, ids, ids, none, decay=0.9, strength=0.5, clip=0.2),
         weights.turn_divergence(none, ids, ids, form="published", cap=0.2),
         weights.turn_divergence(none, ids, ids, form="running", cap=0.2),
         weights.turn_disagreement(none, none, ids),

@@ -34,15 +34,17 @@ MIX = {
 
 
 class Parity(AgentEnv):
-    """Two answers; the first must have an even number of characters, which about half of all texts have."""
+    """Two answers, or up to three; the first must have an even number of characters, which about half of all
+    texts have."""
 
     system_prompt = "Answer."
     split_sizes: ClassVar = {"train": 20, "validation": 10, "test": 10}
     max_turns = 3
     has_expert: ClassVar = True
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: int = 2) -> None:
         super().__init__([])
+        self.wanted = wanted
         self.answers: list[str] = []
 
     def begin(self, task: Task) -> str:
@@ -51,7 +53,7 @@ class Parity(AgentEnv):
 
     def on_text(self, text: str) -> str:
         self.answers.append(text)
-        if len(self.answers) == 2:
+        if len(self.answers) == self.wanted:
             self.finish()
         return "Go on."
 

@@ -77,15 +77,15 @@ def always_zero(schedule: float | Schedule) -> bool:
             return constant == 0
 
 
-def lowest(schedule: float | Schedule) -> float:
-    """The least value that it may ever take."""
+def bounds(schedule: float | Schedule) -> tuple[float, float]:
+    """The least and the largest value that it may ever take."""
     match schedule:
         case Adaptive():
-            return schedule.low
+            return schedule.low, schedule.high
         case Ramp() | Switch():
-            return min(schedule.start, schedule.end)
+            return min(schedule.start, schedule.end), max(schedule.start, schedule.end)
         case constant:
-            return constant
+            return constant, constant
 
 
 def all_zero_somewhere(schedules: Iterable[float | Schedule]) -> bool:

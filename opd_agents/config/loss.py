@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field, field_validator, model_validator
 
 from opd_agents.config.base import PLUG_IN, Scheduled, Section, SignedScheduled
-from opd_agents.config.weights import LikelihoodShift, Weight
+from opd_agents.config.weights import BeliefRevision, LikelihoodShift, Weight
 from opd_agents.types import Actor, Outcome, SpanKind
 
 PlugIn: TypeAlias = Annotated[str, Field(pattern=PLUG_IN)]
@@ -40,8 +40,8 @@ def _check_given(section: Section, **fields: tuple[bool, str]) -> None:
 
 
 def _check_signless(key: str, weights: Sequence[Weight]) -> None:
-    if any(isinstance(weight, LikelihoodShift) for weight in weights):
-        raise ValueError(f"`{key}`: likelihood_shift follows a reward's sign; it is a gate of `rewards`")
+    if signed := [one.kind for one in weights if isinstance(one, LikelihoodShift | BeliefRevision)]:
+        raise ValueError(f"`{key}`: {signed[0]} follows a reward's sign; it is a gate of `rewards`")
 
 
 class Select(Section):

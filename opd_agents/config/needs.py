@@ -9,6 +9,7 @@ from opd_agents.config.loss import Component, Distill, Policy, Preference, Rewar
 from opd_agents.config.weights import (
     Accepted,
     Agreement,
+    BeliefRevision,
     KLCollapse,
     LikelihoodShift,
     Perplexity,
@@ -91,7 +92,9 @@ def _of_weights(weights: Sequence[Weight]) -> Iterator[tuple[str, Need]]:
                 yield weight.reference, "full"
             case TopTokens(score="soft_or" | "divergence"):
                 yield weight.reference, "full"
-            case Agreement() | LikelihoodShift() | TurnDivergence() | TurnDisagreement() | Trust():
+            case Agreement() | LikelihoodShift() | BeliefRevision():
+                yield weight.reference, "sampled"
+            case TurnDivergence() | TurnDisagreement() | Trust():
                 yield weight.reference, "sampled"
             case Perplexity() if weight.of != "student":
                 yield weight.of, "sampled"

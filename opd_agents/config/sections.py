@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from opd_agents.config.base import Scheduled, Section, all_zero_somewhere, lowest
+from opd_agents.config.base import Scheduled, Section, all_zero_somewhere, bounds
 
 
 class Build(Section):
@@ -126,7 +126,7 @@ class Rollout(Section):
     source: Source | Recorded | Trajectories | dict[Source, Scheduled] = "student"
     episodes_per_step: int = Field(32, gt=0)
     group_size: int = Field(1, gt=0)
-    max_turns: int | None = Field(None, gt=0)  # on top of the environment's own limit
+    max_turns: Scheduled | None = None  # on top of the environment's own limit
     temperature: float = Field(1.0, gt=0)
     max_tokens_per_turn: int = Field(256, gt=0)
     max_context_tokens: int = Field(8192, gt=0)
@@ -161,8 +161,9 @@ class Rollout(Section):
             raise ValueError(
                 f"episodes_per_step {self.episodes_per_step} is no multiple of group_size {self.group_size}"
             )
-        if self.max_action_tokens is not None and lowest(self.max_action_tokens) < 1:
-            raise ValueError("`max_action_tokens` falls below 1, which leaves no room for an action")
+        for name, most in (("max_turns", self.max_turns), ("max_action_tokens", self.max_action_tokens)):
+            if most is not None and bounds(most)[0] < 1:
+                raise ValueError(f"`{name}` falls below 1, which leaves no room for an action")
         if isinstance(self.source, dict) and all_zero_somewhere(self.source.values()):
             raise ValueError("`source`: at some point of the run all shares are 0, and nobody would act")
         return self

@@ -118,6 +118,19 @@ class LikelihoodShift(Section):
     reference: str = "teacher"
 
 
+class BeliefRevision(Section):
+    """(1 - strength) + strength * clip(1 + clip z, 1 - clip, 1 + clip) of each turn: a gate of a reward's
+    advantage A, whose sign it never changes (AgentOPSD, arXiv 2608.05987). z is sign(A) times how much the
+    turn revises the belief in success, standardised over the episode's turns. The belief begins as the
+    group's success rate; a turn adds its sum of d to the log-odds, times ``decay`` with every turn since."""
+
+    kind: Literal["belief_revision"]
+    strength: float = Field(0.5, gt=0, le=1)
+    clip: float = Field(0.2, gt=0, lt=1)
+    decay: float = Field(0.95, ge=0, le=1)
+    reference: str = "teacher"
+
+
 class TurnDivergence(Section):
     """Falling where turns diverge more than those before (SOD, arXiv 2605.07725). ``published``: the product
     of d_u / d_(u+1), which is d_1 / d_k; ``running``: the mean of all turns before, over d_k. Both at most
@@ -205,6 +218,7 @@ Weight: TypeAlias = Annotated[
     | Prefix
     | Agreement
     | LikelihoodShift
+    | BeliefRevision
     | TurnDivergence
     | TurnDisagreement
     | Trust

@@ -17,6 +17,7 @@ from opd_agents.errors import ConfigError
 from opd_agents.objectives.divergence import at_least_float32
 
 OUTLIERS = 0.98  # the quantile at which `soft_or_scores` clips entropies
+SURE = 0.01  # a belief begins at least so far from 0 and from 1, whose log-odds no evidence moves
 
 
 def scaled(values: Tensor) -> Tensor:
@@ -104,6 +105,44 @@ def likelihood_shift(d: Tensor, advantage: Tensor, *, strength: float, clip: flo
         raise ConfigError(f"likelihood_shift: strength is {strength}; take 0 (no shift) to 1 (all of it).")
     shift = (advantage.detach().sign() * d.detach()).exp().clamp(1 - clip, 1 + clip)
     return 1 - strength + strength * at_least_float32(shift)
+
+
+def belief_revision(
+    d: Tensor,
+    advantage: Tensor,
+    turns: Tensor,
+    episodes: Tensor,
+    prior: Tensor,
+    *,
+    decay: float,
+    strength: float,
+    clip: float,
+) -> Tensor:
+    """(1 - strength) + strength * clip(1 + clip z, 1 - clip, 1 + clip), one value per turn: five ``[n]`` ->
+    ``[n]`` (AgentOPSD, arXiv 2608.05987). More of an advantage on turns that speak for how it turned out.
+
+    A turn's evidence is its sum of d; evidence so far, c_k = decay c_(k-1) + e_k, moves the belief
+    sigmoid(logit(prior) + c_k), and z is the turn's change of it times sign(advantage), standardised over the
+    turns of the episode (population deviation; 0 where all are equal). ``prior``, in [0, 1], is one value per
+    episode, ``advantage`` has one sign per turn.
+    """
+    means, unit, own = unit_means(d, turns)
+    evidence = means * torch.bincount(unit)
+    episode = _of_units(episodes, unit, own)
+    start, direction = prior.clamp(SURE, 1 - SURE).logit(), advantage.detach().sign()
+    odds, sign = (_of_units(values, unit, own) for values in (start, direction))
+    known: dict[int, float] = {}
+    before, after = torch.empty_like(evidence), torch.empty_like(evidence)
+    for turn, (number, found) in enumerate(zip(episode.tolist(), evidence.tolist(), strict=True)):
+        before[turn] = known.get(number, 0.0)
+        known[number] = decay * known.get(number, 0.0) + found
+        after[turn] = known[number]
+    revised = sign * ((odds + after).sigmoid() - (odds + before).sigmoid())
+    mean, of, _ = unit_means(revised, episode)
+    centred = revised - mean[of]
+    deviation = unit_means(centred.square(), episode).means.sqrt()[of]
+    z = torch.where(deviation > 0, centred / deviation, torch.zeros_like(centred))
+    return (1 - strength + strength * (1 + clip * z).clamp(1 - clip, 1 + clip))[unit]
 
 
 def turn_divergence(

@@ -65,6 +65,7 @@ def _schedules(stages: Sequence[Run]) -> list[Chart]:
         Chart(
             "Most action tokens of an episode", _lines(stages, _each(stages, "scheduled/rollout.max_action"))
         ),
+        Chart("Most turns of an episode", _lines(stages, _each(stages, "scheduled/rollout.max_turns"))),
     ]
 
 

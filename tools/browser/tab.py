@@ -135,7 +135,7 @@ class Tab:
         it was asked for, the page before is still there, and as quiet as ever."""
         began = False
         while not (self._failure or (began and self._loaded.is_set())):
-            with contextlib.suppress(self._chromium.playwright.Error):  # while one page takes over from another
+            with contextlib.suppress(self._chromium.playwright.Error):  # while pages change
                 if (await self._cdp.send("Page.getNavigationHistory"))["currentIndex"] == place:
                     return
             began |= not self._loaded.is_set()
