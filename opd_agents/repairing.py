@@ -90,28 +90,24 @@ def _tried(
     """The turns at which the environments, played again, say that ``failed`` episodes went wrong; each rank
     tries its share."""
     propose, stream = settings.propose, (session.config.seed, session.step)
-    limits = session.limits
-
-    def tried(numbers: Sequence[int]) -> list[tuple[dict[int, int], int]]:
-        mine = {number: failed[number] for number in numbers}
-        if propose.where == "dropped":
-            play = partial(
-                rollout, policy=session.student_sampler, make=envs.launch, chat=session.chat, limits=limits,
-                temperature=session.config.rollout.temperature,
-            )  # fmt: skip
-            save = partial(saved_at, make=envs.launch, limits=limits)
-            found, tokens = dropped(mine, rollouts=propose.rollouts, stream=stream, save=save, play=play)
-        else:
-            several = session.teacher if propose.samples > 1 and session.teacher else policy
-            act: Callable[..., list[bool | None]] = partial(
-                act_at, make=envs.launch, chat=session.chat, limits=limits
-            )
-            found, tokens = disagreed(mine, several, samples=propose.samples, stream=stream, act=act), 0
-        told = [({n: found[n]} if n in found else {}, 0) for n in numbers]
-        return [(told[0][0], tokens), *told[1:]] if told else []
-
-    shares = session.world.shared(list(failed), tried)
-    return {n: turn for found, _ in shares for n, turn in found.items()}, sum(tokens for _, tokens in shares)
+    limits, world = session.limits, session.world
+    mine = {n: one for place, (n, one) in enumerate(failed.items()) if place % world.size == world.rank}
+    if propose.where == "dropped":
+        play = partial(
+            rollout, policy=session.student_sampler, make=envs.launch, chat=session.chat, limits=limits,
+            temperature=session.config.rollout.temperature,
+        )  # fmt: skip
+        save = partial(saved_at, make=envs.launch, limits=limits)
+        found, tokens = dropped(mine, rollouts=propose.rollouts, stream=stream, save=save, play=play)
+    else:
+        several = session.teacher if propose.samples > 1 and session.teacher else policy
+        act: Callable[..., list[bool | None]] = partial(
+            act_at, make=envs.launch, chat=session.chat, limits=limits
+        )
+        found, tokens = disagreed(mine, several, samples=propose.samples, stream=stream, act=act), 0
+    shares = world.gather((found, tokens))
+    turns = {number: turn for found, _ in shares for number, turn in found.items()}
+    return dict(sorted(turns.items())), sum(tokens for _, tokens in shares)
 
 
 def _judged(session: Session, failed: Mapping[int, Trajectory]) -> Located:

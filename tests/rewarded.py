@@ -187,3 +187,17 @@ def unlike(episodes: Sequence[Trajectory], scale: float = 1.2) -> list[Trajector
         )
         for t in episodes
     ]
+
+
+def turns_of_both(rewarded: Rewarded) -> list[Trajectory]:
+    """Every second turn is the teacher's."""
+    return [
+        dataclasses.replace(
+            t,
+            turns=tuple(
+                dataclasses.replace(one, actor=Actor.TEACHER, logprobs=None) if number % 2 else one
+                for number, one in enumerate(t.turns)
+            ),
+        )
+        for t in rewarded.episodes
+    ]

@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 from engine import T, assert_same, component, config_of, engine, log_probs, preset
-from rewarded import Rewarded, Seen, mean, surrogate
+from rewarded import Rewarded, Seen, mean, surrogate, turns_of_both
 from rolling import LIMITS, desk_episodes, rolled, sampler
 from torch import Tensor
 
@@ -163,20 +163,6 @@ def test_in_episodes_of_one_turn_sod_is_kdrl_and_agent_opsd_is_grpo(rewarded: Re
 # ---- DAgger ----
 
 
-def mixed(rewarded: Rewarded) -> list[Trajectory]:
-    """Every second turn is the teacher's."""
-    return [
-        dataclasses.replace(
-            t,
-            turns=tuple(
-                dataclasses.replace(one, actor=Actor.TEACHER, logprobs=None) if number % 2 else one
-                for number, one in enumerate(t.turns)
-            ),
-        )
-        for t in rewarded.episodes
-    ]
-
-
 def corrected(parent: Trajectory, number: int, ids: tuple[int, ...]) -> Trajectory:
     """What the teacher would have done at a turn of the student's."""
     before = tuple(dataclasses.replace(turn, weight=0.0) for turn in parent.turns[:number])
@@ -191,7 +177,7 @@ def corrected(parent: Trajectory, number: int, ids: tuple[int, ...]) -> Trajecto
 
 def test_dagger_sums_the_likelihood_of_what_the_teacher_does_at_every_state(rewarded: Rewarded) -> None:
     """Of its own turns; of the student's where it does the same; else of its action instead."""
-    played = mixed(rewarded)
+    played = turns_of_both(rewarded)
     states = [(t, number) for t in played for number in range(0, len(t.turns), 2)]
     agreement = {(t.uid, number): float(place % 3 == 0) for place, (t, number) in enumerate(states)}
     others = [

@@ -11,7 +11,7 @@ import pytest
 import torch
 from engine import assert_same, config_of, engine, log_probs, preset
 from papers import entropy, kl
-from rewarded import Rewarded
+from rewarded import Rewarded, turns_of_both
 from torch import Tensor
 
 from opd_agents.experience import Experience
@@ -104,20 +104,6 @@ def test_sage_learns_nothing_where_every_turn_is_sound(rewarded: Rewarded, desk_
     experience = with_feedback(rewarded.experience(rewarded.episodes), feedback)
     value, gradient = engine(rewarded.model, experience, preset("sage_opd"), chat=desk_chat)
     assert value == 0 and float(gradient.norm()) == 0
-
-
-def turns_of_both(rewarded: Rewarded) -> list[Trajectory]:
-    """Every second turn is the teacher's."""
-    return [
-        dataclasses.replace(
-            t,
-            turns=tuple(
-                dataclasses.replace(one, actor=Actor.TEACHER, logprobs=None) if number % 2 else one
-                for number, one in enumerate(t.turns)
-            ),
-        )
-        for t in rewarded.episodes
-    ]
 
 
 @pytest.mark.parametrize(
