@@ -282,14 +282,17 @@ def test_what_is_served_of_a_model_is_whole(tiny_llama: Callable[..., Any]) -> N
     weights = transfer.served_weights(model)
     assert set(weights) == set(model.state_dict()) and "lm_head.weight" in weights
     add_adapter(model, Lora(rank=2, alpha=4.0), seed=0)
+    drawn = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.normal_()
+                parameter.normal_(std=0.1, generator=drawn)
     served = transfer.served_weights(model)
     assert set(served) == set(weights)
     whole = tiny_llama(seed=4)
-    whole.load_state_dict(served)
     ids = torch.arange(20)[None]
+    before = whole(ids).logits.detach()
+    whole.load_state_dict(served)
     with torch.no_grad():
+        assert (model(ids).logits - before).abs().max() > 0.01  # the adapter does something
         torch.testing.assert_close(whole(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
