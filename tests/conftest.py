@@ -4,6 +4,7 @@ import datetime
 import functools
 import importlib.util
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.fail(f"OPD_REQUIRE_REAL=1, but missing: {', '.join(missing)}", pytrace=False)
     if missing:
         pytest.skip(f"needs {', '.join(missing)}")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws without a generator of its own does not depend on the run or on the tests before."""
+    import torch
+
+    random.seed(0)
+    torch.manual_seed(0)
 
 
 @functools.cache
