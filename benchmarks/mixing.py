@@ -1,0 +1,87 @@
+"""E4: the runs of mixing.yaml, and what became of the claims that stand there.
+
+    python benchmarks/mixing.py [--jobs 1]
+
+Writes mixing.json and .md; cells that are finished are not trained again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Annotated, Any
+
+import typer
+from figures import markdown, write
+from scipy.stats import t as student_t
+from sweep import load_sweep
+
+SWEEP = Path(__file__).with_name("mixing.yaml")
+FIGURE = "success_greedy"
+GATES = ("divergence", "trust", "pass_rate")
+CLAIMS = {
+    "1 ratio 1 above ratio .01": ("ratio_1", "ratio_0.01"),
+    "2 ratio 1 above ratio 100": ("ratio_1", "ratio_100"),
+    "3 ratio .01 above ratio 100": ("ratio_0.01", "ratio_100"),
+    "4 gated above ungated": ("gated", "ratio_1"),
+} | {f"4 gated above gated without {gate}": ("gated", f"without_{gate}") for gate in GATES}
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % t-interval."""
+    half = float(student_t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    return mean(values), half
+
+
+def claim(cells: Mapping[str, Mapping[int, float]], one: str, other: str) -> dict[str, Any]:
+    """The paired difference over the seeds that both have, and its verdict."""
+    seeds = sorted(cells[one].keys() & cells[other].keys())
+    middle, half = interval([cells[one][seed] - cells[other][seed] for seed in seeds])
+    word = "reproduced" if middle - half > 0 else "contradicted" if middle + half < 0 else "undecided"
+    return {"difference": middle, "half": half, "seeds": len(seeds), "verdict": word}
+
+
+def page(result: Mapping[str, Any]) -> str:
+    """The arms, then the claims."""
+    arms = [
+        {"arm": label, **{name: f"{value['mean']:.3f} ± {value['half']:.3f}" for name, value in row.items()}}
+        for label, row in result["arms"].items()
+    ]
+    about = "Teacher and reward in one advantage of deviation 1: mean and 95 % t-interval over seeds."
+    lines = [
+        f"- {name}: **{one['verdict']}**, {100 * one['difference']:+.1f} ± {100 * one['half']:.1f} points"
+        f" ({one['seeds']} seeds)."
+        for name, one in result["claims"].items()
+    ]
+    return markdown(about, result, arms) + "\n" + "\n".join(lines) + "\n"
+
+
+def main(
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    out: Annotated[Path, typer.Option(help="Where mixing.json and .md go.")] = Path("benchmarks/results"),
+) -> None:
+    """Train what is missing, and say what was found."""
+    command = [sys.executable, str(SWEEP.with_name("sweep.py")), str(SWEEP), "--jobs", str(jobs)]
+    if (code := subprocess.run(command, check=False).returncode) != 0:
+        raise typer.Exit(code)
+    sweep, _ = load_sweep(SWEEP)
+    data = json.loads((sweep.folder / "results.json").read_text(encoding="utf-8"))
+    cells: dict[str, dict[int, float]] = {}
+    for row in data["cells"]:
+        cells.setdefault(row["label"], {})[row["seed"]] = row["values"][FIGURE]
+    arms = {
+        label: {metric: row[metric] for metric in (FIGURE, "success")}
+        for label, row in data["labels"].items()
+    }
+    claims = {name: claim(cells, *pair) for name, pair in CLAIMS.items()}
+    result = {"seeds": len(sweep.seeds), "arms": arms, "claims": claims}
+    write(out, "mixing", result, page(result), as_json=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
