@@ -89,11 +89,19 @@ class World:
         self.gather(None)
 
     def shared(
-        self, items: Sequence[T], work: Callable[[Sequence[T]], Sequence[R]], group: int = 1
+        self,
+        items: Sequence[T],
+        work: Callable[[Sequence[T]], Sequence[R]],
+        group: int | Sequence[int] = 1,
     ) -> list[R]:
         """``work`` (a list in, its results out) on all items, each rank on its share of them; all results in
-        the order of the items, on every rank. ``group`` neighbours stay on one rank."""
-        mine = [i for i in range(len(items)) if i // group % self.size == self.rank]
+        the order of the items, on every rank. ``group`` neighbours stay on one rank; given the sizes of all
+        groups, the neighbours of each."""
+        if isinstance(group, int):
+            groups = [i // group for i in range(len(items))]
+        else:
+            groups = [number for number, size in enumerate(group) for _ in range(size)]
+        mine = [i for i, number in enumerate(groups) if number % self.size == self.rank]
         done = zip(mine, work([items[i] for i in mine]), strict=True)
         placed = {i: result for share in self.gather(list(done)) for i, result in share}
         return [placed[i] for i in range(len(items))]

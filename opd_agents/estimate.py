@@ -23,9 +23,11 @@ def memory(
     student: PreTrainedModel,
     teachers: Sequence[PreTrainedModel],
     discriminator: nn.Module | None = None,
+    resting: Sequence[int] = (),
 ) -> dict[str, int]:
     """Bytes by part, of one process that shards nothing. ``teachers`` are the models beside the student, and
-    a ``discriminator`` counts with all that its own updates keep.
+    a ``discriminator`` counts with all that its own updates keep. ``resting``: of those teachers that are
+    offloaded, what comes and goes of each; it has the room that the activations of an update have later.
 
     Exact for weights, gradients and the optimizer's state. ``activations`` of one micro-batch are estimated
     from the shapes of the weights, without attention scores, which a fused kernel does not keep. ``cache`` is
@@ -36,12 +38,14 @@ def memory(
     beside = (p for teacher in teachers for p in teacher.parameters() if id(p) not in own)
     reads = [] if discriminator is None else [p for p in discriminator.parameters() if id(p) not in own]
     learns = {} if discriminator is None else _updates(config, discriminator)
+    activations = _activations(config, student)
+    coming = max(0, max(resting, default=0) - activations)
     parts = {
         "student": _bytes(student.parameters()),
-        "teachers": _bytes({id(p): p for p in beside}.values()),
+        "teachers": _bytes({id(p): p for p in beside}.values()) - sum(resting) + coming,
         "discriminator": _bytes(reads) + sum(learns.values()),
         **_updates(config, student),
-        "activations": _activations(config, student),
+        "activations": activations,
         "logits": CHUNKS * FLOAT32 * CHUNK_ELEMENTS,
         "cache": _cache(config, student),
     }

@@ -115,12 +115,20 @@ def make_single(
                 scores=any(name == one or name.startswith(f"{one}.") for one in needs_of(config)),
                 k=reference_top_k(config.loss.components).get(name, 0),
                 max_tokens=config.rollout.max_context_tokens,
+                dtype=config.student.dtype,
                 conditioner=conditioner,
             )
         case Local():
             path = newest_checkpoint(str(settings.model))
-            dtype = settings.dtype or config.student.dtype
-            return LocalTeacher(path, chat, dtype=dtype, temperature=temperature, conditioner=conditioner)
+            return LocalTeacher(
+                path,
+                chat,
+                dtype=settings.dtype or config.student.dtype,
+                temperature=temperature,
+                quantise=settings.quantise,
+                offload=settings.offload,
+                conditioner=conditioner,
+            )
     given = settings.model  # not always a checkpoint: what it is, its class knows
     given = newest_checkpoint(given) if given and Path(given).exists() else given
     return make_teacher(place(name), settings, given, chat, temperature=temperature)
@@ -147,8 +155,9 @@ def capabilities_of(name: str, settings: TeacherSettings) -> frozenset[Capabilit
 def _whose(settings: Cached, dtype: str) -> str | None:
     """The fingerprint of the teacher behind a cache; None: whoever's log-probs it holds."""
     match settings.of:
-        case Local(model=model, dtype=own):
-            return f"{fingerprint(newest_checkpoint(str(model)))} {own or dtype}"
+        case Local(model=model, dtype=own, quantise=rounded):
+            stored = own or dtype if rounded is None else f"{own or dtype} {rounded}"
+            return f"{fingerprint(newest_checkpoint(str(model)))} {stored}"
         case Vllm(model=model):
             return f"{fingerprint(newest_checkpoint(model))} vllm"
     return None
@@ -157,11 +166,13 @@ def _whose(settings: Cached, dtype: str) -> str | None:
 def asked_to_act(config: RunConfig) -> list[str]:
     """The keys of the config by which `teacher` takes turns."""
     rollout, extra = config.rollout, config.rollout.demonstrations
+    corrects = config.correction
     asks = {
-        "rollout.source": "teacher" in rollout.actors,
+        "rollout.source": "teacher" in rollout.actors and rollout.beginning is None,
+        "rollout.beginning": rollout.beginning is not None and rollout.beginning.actor == "teacher",
         "rollout.demonstrations": extra is not None and extra.actor == "teacher",
         "rollout.alternatives": rollout.alternatives is not None and rollout.alternatives.actor == "teacher",
-        "correction": config.correction is not None and config.correction.propose.by == "teacher",
+        "correction": corrects is not None and "teacher" in (corrects.propose.by, corrects.resumes),
     }
     return [key for key, asked in asks.items() if asked]
 

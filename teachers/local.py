@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from opd_agents.batch import Packed
 from opd_agents.chat import Chat
+from opd_agents.config import Quantisation
 from opd_agents.errors import ConfigError
 from opd_agents.policies.base import Action, History, Policy
 from opd_agents.policies.models import (
@@ -24,7 +25,10 @@ from opd_agents.policies.models import (
     load_chat,
     load_model,
     load_tokenizer,
+    local_device,
 )
+from opd_agents.policies.offload import Offloaded
+from opd_agents.policies.quantised import round_weights
 from opd_agents.policies.sampler import TransformersSampler
 from opd_agents.teachers.base import Capability, HiddenStates
 from opd_agents.teachers.conditioning import ConditionedPolicy, Conditioner
@@ -100,7 +104,10 @@ class ModelTeacher:
 
 
 class LocalTeacher(ModelTeacher):
-    """A checkpoint of the student's vocabulary and template; a ``chat.template`` of the run is for both."""
+    """A checkpoint of the student's vocabulary and template; a ``chat.template`` of the run is for both.
+
+    ``quantise`` rounds its weights; with ``offload`` its layers are on the GPU only while they compute.
+    """
 
     def __init__(
         self,
@@ -109,14 +116,35 @@ class LocalTeacher(ModelTeacher):
         *,
         dtype: str = "float32",
         temperature: float = 1.0,
+        quantise: Quantisation | None = None,
+        offload: bool = False,
         conditioner: Conditioner | None = None,
     ) -> None:
-        """Raises CheckpointError for an unreadable checkpoint, ConfigError for one of another chat."""
+        """Raises CheckpointError for an unreadable checkpoint, ConfigError for one of another chat, and for
+        ``offload`` without a GPU."""
         check_same_chat(path, chat)
-        model = load_model(path, dtype).requires_grad_(False)
+        model = _loaded(path, dtype, quantise, offload)
         fit_vocabulary(model, chat.tokenizer, path)
-        check_projection(model, dtype)
-        super().__init__(model, chat, temperature, conditioner=conditioner)
+        weights = Offloaded(model, local_device()) if offload else nullcontext
+        with weights():
+            check_projection(model, dtype)
+        super().__init__(model, chat, temperature, weights=weights, conditioner=conditioner)
+
+
+def _loaded(path: str, dtype: str, quantise: Quantisation | None, offload: bool) -> PreTrainedModel:
+    """In full on the CPU alone where less of it shall come to the GPU."""
+    if offload and local_device().type == "cpu":
+        raise ConfigError(
+            f"offload: the teacher {path} would rest in the CPU's memory while nobody asks it, but there is"
+            " no GPU here, so that it computes there anyway. Leave `offload` out; with `quantise: int8` it"
+            " takes less memory."
+        )
+    device = torch.device("cpu") if quantise or offload else local_device()
+    model: Any = load_model(path, dtype, device).requires_grad_(False)
+    if quantise:
+        round_weights(model, quantise)
+    prepared: PreTrainedModel = model if offload else model.to(local_device())
+    return prepared
 
 
 def check_same_chat(path: str, chat: Chat) -> None:

@@ -12,11 +12,13 @@ from torch import Tensor
 from opd_agents.batch import Packed
 from opd_agents.chat import Chat
 from opd_agents.config import Vllm
+from opd_agents.distributed import join_world
 from opd_agents.errors import ConfigError, ServerError
 from opd_agents.policies.base import Action, History, Policy
 from opd_agents.policies.models import forward_flops, load_outline
-from opd_agents.policies.vllm import VllmPolicy
+from opd_agents.policies.vllm import Completes, VllmPolicy
 from opd_agents.policies.vllm_client import TEXT, VllmClient
+from opd_agents.policies.vllm_engine import VllmEngine
 from opd_agents.teachers.base import Capability, SampledLogprobs, TeacherTopK
 from opd_agents.teachers.conditioning import ConditionedPolicy, Conditioner
 from opd_agents.teachers.local import check_same_chat
@@ -26,8 +28,8 @@ ROUNDING = 0.01  # of the mass of some tokens
 
 
 class VllmTeacher:
-    """The checkpoint ``path`` on the servers of ``settings``; with ``k`` it gives its top k, else the
-    log-probs of the sampled tokens. Each row of a packed table is one request.
+    """The checkpoint ``path`` on the servers of ``settings``, or in their engine; with ``k`` it gives its top
+    k, else the log-probs of the sampled tokens. Each row of a packed table is one request.
 
     With a ``conditioner`` it acts on histories that tell it more; what it scores, the caller has conditioned.
     """
@@ -47,13 +49,23 @@ class VllmTeacher:
         scores: bool,
         k: int = 0,
         max_tokens: int,
+        dtype: str = "float32",
         conditioner: Conditioner | None = None,
     ) -> None:
-        """``max_tokens``: of a whole conversation. Raises UserError for a checkpoint of another chat, and for
-        servers that cannot be used: another tokenizer, another temperature, too few tokens or log-probs."""
+        """``max_tokens``: of a whole conversation; ``dtype``: of an engine whose settings name none. Raises
+        UserError for a checkpoint of another chat, for servers that cannot be used (another tokenizer,
+        another temperature, too few tokens or log-probs), and for an engine that cannot be had."""
         check_same_chat(path, chat)
-        self.client, self.k, self.temperature = VllmClient(settings, place), k, temperature
-        self.client.check(chat, max_tokens, beyond=1)
+        self.k, self.temperature = k, temperature
+        self.client: Completes
+        if settings.engine is None:
+            self.client = client = VllmClient(settings, place)
+            client.check(chat, max_tokens, beyond=1)
+        else:
+            self.client = VllmEngine(
+                settings.engine, place, path, dtype=settings.engine.dtype or dtype, max_tokens=max_tokens + 1,
+                k=k, ranks=join_world().size,
+            )  # fmt: skip
         if scores:
             self._check_scores(chat.prompt_ids([Message("user", TEXT)], (), ""))
         self.model = load_outline(path)
@@ -143,12 +155,11 @@ class VllmTeacher:
             ours, theirs = self._read(ids, plain[url])[1:], self._read(ids, heated[url])[1:]
             if max(sum(math.exp(one["logprob"]) for one in given.values()) for given in ours) > 1 + ROUNDING:
                 raise ConfigError(
-                    f"{place}.urls: {url} gives logits, not log-probs. Start it with --logprobs-mode "
-                    "raw_logprobs"
+                    f"{place}: {url} gives logits, not log-probs. Start it with --logprobs-mode raw_logprobs"
                 )
             if self.temperature != 1 and not _follows(ours, theirs, self.temperature):
                 raise ConfigError(
-                    f"{place}.urls: {url} gives a prompt's log-probs at temperature 1 alone, but "
+                    f"{place}: {url} gives a prompt's log-probs at temperature 1 alone, but "
                     f"rollout.temperature is {self.temperature:g}, and a loss compares distributions of one "
                     "temperature. Take rollout.temperature: 1, or a teacher of kind local."
                 )

@@ -51,6 +51,9 @@ def results_come_back_in_order(world: World) -> None:
     assert world.shared(range(7), work, group=2) == [10 * i for i in range(7)]
     assert calls == [[0, 1, 4, 5]] if world.is_main else [[2, 3, 6]]
     assert world.shared([5], work) == [50]  # less than there are ranks
+    calls.clear()
+    assert world.shared(range(6), work, group=[3, 0, 2, 1]) == [10 * i for i in range(6)]
+    assert calls == [[0, 1, 2, 3, 4]] if world.is_main else [[5]]
     assert world.total(2**60 + world.rank) == 2**61 + 1
     assert world.sum(torch.tensor([1.0, float(world.rank)])).tolist() == [2.0, 1.0]
     assert world.from_main(lambda: world.rank) == 0

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from api_server import ApiServer, Expert, Oracle
 from safetensors.torch import load_file
 
 from opd_agents.batch import pack
@@ -26,6 +28,7 @@ from opd_agents.trainer import train
 
 HERE = Path(__file__).parent
 STEPS = 3
+ASKING = ("ovd", "sage_opd", "gad")  # methods that ask a model behind an API
 
 pytestmark = pytest.mark.timeout(300)  # processes that import torch, on cores that others use too
 
@@ -59,12 +62,13 @@ def one_episode(output: Path, teacher: Path, *overrides: str) -> RunConfig:
 
 
 def redrawn(output: Path, teacher: Path, *overrides: str) -> RunConfig:
-    """Three groups on two ranks: those of equal rewards are drawn anew, and all get a demonstration."""
+    """Three groups on two ranks: those of equal rewards are drawn anew, and all get a demonstration; tasks
+    are drawn by their pass rates."""
     parts = ("rollout.episodes_per_step=6", "rollout.group_size=2", "rollout.redraws=2", *overrides)
     shown = {"kind": "ce", "select": {"source": "demonstration"}}
     loss = {"components": {"verifier": tiny.POLICY, "shown": shown}}
-    demonstrations = "rollout.demonstrations={actor: teacher}"
-    return config(output, teacher, *parts, demonstrations, loss=loss, correction=None, evaluation=None)
+    more = ("rollout.demonstrations={actor: teacher}", "rollout.curriculum={band: [0.2, 0.8]}")
+    return config(output, teacher, *parts, *more, loss=loss, correction=None, evaluation=None)
 
 
 def beyond(output: Path, teacher: Path, *overrides: str) -> RunConfig:
@@ -88,6 +92,17 @@ def beyond(output: Path, teacher: Path, *overrides: str) -> RunConfig:
     )  # fmt: skip
 
 
+def asked(output: Path, teacher: Path, url: str, method: str) -> RunConfig:
+    """A method that asks the model at ``url`` to judge, to act, or both."""
+    model = {"kind": "api", "model": "m", "endpoint": {"base_url": url, "key": None}}
+    given: dict[str, Any] = {"teacher": model}
+    if method == "sage_opd":  # its teacher has distributions
+        given = {"references": {"judge": model}, "judge": {"by": "judge"}}
+    return config(
+        output, teacher, "trainer.steps=2", method=method, loss={}, correction=None, evaluation=None, **given
+    )
+
+
 def written(config: RunConfig) -> str:
     file = config.folder.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
@@ -103,7 +118,14 @@ def begun(run: Path, output: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
+def server() -> Iterator[ApiServer]:
+    expert = Expert("tiny/Parity-v0", {})
+    with ApiServer(expert, Oracle(expert)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, server: ApiServer) -> Path:
     """Every kind of run by one process and by two: ``full-1``, ``full-2`` and so on; ``resumed-2`` was begun
     by one process and ended by two. Starting processes takes longest, so they are started once, and end as
     the last config makes them."""
@@ -127,10 +149,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
             one_episode(root / f"muon-{ranks}", tiny_teacher, *muon),
             redrawn(root / f"redrawn-{ranks}", tiny_teacher, short),
             beyond(root / f"beyond-{ranks}", tiny_teacher, short),
+            *(asked(root / f"{name}-{ranks}", tiny_teacher, server.url, name) for name in ASKING),
         ]
 
     for alone in configs(1):
         train(alone)
+    asked_by_one = server.told.copy()
     begun(root / "full-1", root / "resumed-2")
     resumed = written(config(root / "resumed-2", tiny_teacher)) + "+"
     itself = config(
@@ -142,6 +166,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Path:
         environments=[{"id": "failing/OnOneRank-v0"}], evaluation=None,
     )  # fmt: skip
     result = launch(*map(written, configs(2)), resumed, *map(written, (itself, mistaken, failing)))
+    told = [dict(counts) for counts in (asked_by_one, server.told - asked_by_one)]
+    (root / "told.json").write_text(json.dumps(told))
     (root / "output.txt").write_text(result.stdout)
     (root / "errors.txt").write_text(result.stderr)
     print(result.stderr)  # shown where a test fails
@@ -167,7 +193,8 @@ def assert_equal(one: Path, two: Path, tolerance: float = 1e-5) -> None:
                 files = [load_file(folder / name) for folder in (first, second)]
                 torch.testing.assert_close(files[1], files[0], rtol=tolerance, atol=tolerance)
         if checkpoint != "best":
-            close(*(torch.load(folder / "optimizer.pt") for folder in (first, second)), tolerance)
+            for state in {"optimizer.pt", "discriminator.pt"} & {file.name for file in first.iterdir()}:
+                close(*(torch.load(folder / state) for folder in (first, second)), tolerance)
     for file in (one / "trajectories").iterdir():
         close(rows(file), rows(two / "trajectories" / file.name), tolerance)
 
@@ -193,7 +220,7 @@ def rows(file: Path) -> list[Any]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "average", "one_episode", "redrawn", "beyond"])
+@pytest.mark.parametrize("kind", ["full", "lora", "average", "one_episode", "redrawn", "beyond", *ASKING])
 def test_two_processes_train_as_one(runs: Path, kind: str) -> None:
     assert_equal(runs / f"{kind}-1", runs / f"{kind}-2")
     if kind == "full":
@@ -206,6 +233,17 @@ def test_two_processes_train_as_one(runs: Path, kind: str) -> None:
         assert norms and all(row["grad_norm/pairs"] > 0 and row["grad_norm/sequence"] > 0 for row in norms)
     if kind == "redrawn":
         assert sum(row["groups/redrawn"] for row in tiny.metrics(runs / "redrawn-2")) > 0
+
+
+def test_two_processes_ask_for_what_one_asks_for(runs: Path) -> None:
+    """Judges and teachers behind an API: the same requests, none by both."""
+    one, two = json.loads((runs / "told.json").read_text())
+    assert one == two and len(one) > 20
+    for kind, counted in (("ovd", "judge/asked"), ("sage_opd", "judge/skip"), ("gad", "api/requests")):
+        assert all(row[counted] > 0 for row in tiny.metrics(runs / f"{kind}-2")), kind
+    assert sum(row["demonstrations/rejected"] for row in tiny.metrics(runs / "ovd-2")) > 0
+    first, *_, last = tiny.metrics(runs / "gad-2")
+    assert first["discriminator/grad_norm"] > 0 and last["advantage/gad.likeness"] > 0
 
 
 def test_muon_trains_in_parts(runs: Path) -> None:

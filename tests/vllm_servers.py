@@ -17,6 +17,11 @@ import httpx2
 HERE = Path(__file__).parent
 START = 240.0  # seconds until a server must be there; two of them start side by side on two cores
 TOKENS = 256  # of a conversation
+SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # or "uni" below is ignored: a process less to start
+}  # fmt: skip
 HEAD = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}  # the narrowest of vLLM on a CPU
 
 
@@ -59,11 +64,6 @@ def serving(log: Path, *servers: tuple[Path, dict[str, str], list[str]]) -> Iter
 def _process(
     log: Path, model: Path, port: int, environment: dict[str, str], options: list[str]
 ) -> Iterator["subprocess.Popen[bytes]"]:
-    settings = {
-        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # or "uni" below is ignored: a process less to start
-    }  # fmt: skip
     command = [
         str(vllm_python()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
         "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny", "--dtype", "float32",
@@ -74,7 +74,7 @@ def _process(
     with log.open("wb") as file:
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            env=inherited | settings | environment,
+            env=inherited | SETTINGS | environment,
         )  # fmt: skip
     try:
         yield process

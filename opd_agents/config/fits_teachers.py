@@ -81,7 +81,7 @@ def _conditioning_fits(config: Stage) -> None:
         acts = _is_teacher(place) and _teacher_acts(config)
         if acts and sources and not sources & {"text", "expert"}:
             raise ValueError(
-                "a teacher that acts knows neither peers nor feedback of an episode to come: its"
+                "a teacher that acts knows neither peers, feedback nor hindsight of an episode to come: its"
                 " conditioning.sources need `text` or `expert`"
             )
 
@@ -123,6 +123,12 @@ def _judge_fits(config: Stage) -> None:
             "judge.ask is empty: ask for score, verdict, or both, or let it propose (`correction`) or prefer"
             " (`rollout.alternatives`)"
         )
+    if "hint" in judge.ask and judge.per != "episode":
+        raise ValueError("judge.ask: a hint is of an episode as a whole; take judge.per: episode")
+    if "hint" in judge.ask and "hint" not in uses.values():
+        raise ValueError(
+            "judge.ask: nobody is told the hint; give a teacher `conditioning: {sources: [hindsight]}`"
+        )
     if len(set(judge.ask)) < len(judge.ask):
         raise ValueError("judge.ask names something twice")
     for place, answer in uses.items():
@@ -145,6 +151,10 @@ def _uses_of_judgements(config: Stage) -> Iterator[tuple[str, str]]:
     for name, part in reward_parts(config.loss.components):
         if part.verbal is not None:
             yield f"{name}.verbal", "score"
+    for place, teacher in _teachers(config):
+        conditioning = conditioning_of(teacher)
+        if conditioning is not None and "hindsight" in conditioning.sources:
+            yield f"{place}.conditioning.sources: hindsight", "hint"
     for name, component in config.loss.components.items():
         for weight in weights_of(component):
             if isinstance(weight, VerbalScore | VerdictWeight):
@@ -186,7 +196,7 @@ def _caches_fit(config: Stage) -> None:
 
 
 def _servers_fit(config: Stage) -> None:
-    """What needs a model's every next token in this process is not to be had from a server."""
+    """What needs a model's every next token needs it in this process, and at hand."""
     sampled = isinstance(config.sampler, VllmSampling)
     if sampled and config.rollout.teacher_share:
         raise ValueError(
@@ -195,6 +205,11 @@ def _servers_fit(config: Stage) -> None:
         )
     acts = _teacher_acts(config) or config.correction is not None
     taught = acts and any(isinstance(t, Vllm) for place, t in _teachers(config) if _is_teacher(place))
+    if config.rollout.teacher_share and isinstance(config.teacher, Local) and config.teacher.offload:
+        raise ValueError(
+            "teacher.offload: for rollout.teacher_share its layers would come to the GPU with every token;"
+            " drop one of the two"
+        )
     if config.chat.thinking_budget and (sampled or taught):
         raise ValueError(
             "chat.thinking_budget closes a thought as it is written, which vLLM cannot do token by token:"
@@ -218,4 +233,5 @@ def _is_teacher(place: str) -> bool:
 def _teacher_acts(config: Stage) -> bool:
     rollout = config.rollout
     others = [other.actor for other in (rollout.demonstrations, rollout.alternatives) if other is not None]
+    others += [config.correction.resumes] if config.correction else []
     return "teacher" in [*rollout.actors, *others]

@@ -37,6 +37,14 @@ class Server(Section):
         return plain
 
 
+class Engine(Section):
+    """vLLM in this process: ``memory`` is the share of the GPU's that it may fill, the model's weights among
+    it; without a ``dtype`` in the student's."""
+
+    memory: float = Field(0.3, gt=0, lt=1)
+    dtype: Literal["float32", "bfloat16"] | None = None
+
+
 class TransformersSampling(Section):
     """The student acts in this process."""
 

@@ -9,7 +9,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from opd_agents.config.base import PLUG_IN, Section
 from opd_agents.config.endpoint import Endpoint
-from opd_agents.config.serving import Server
+from opd_agents.config.serving import Engine, Server
 
 OWN = "module:name"
 
@@ -26,10 +26,11 @@ class Conditioning(Section):
 
     ``sources``, the first that has something for an episode: a constant ``text``; the scripted ``expert``'s
     actions on the same task; the actions of another, successful episode (``peer``) of the group; what the
-    environment last said to a failed one (``feedback``). An episode for which none has any is not taught.
+    environment last said to a failed one (``feedback``); what a judge says of it in ``hindsight``. An episode
+    for which none has any is not taught.
     """
 
-    sources: list[Literal["text", "expert", "peer", "feedback"]] = Field(min_length=1)
+    sources: list[Literal["text", "expert", "peer", "feedback", "hindsight"]] = Field(min_length=1)
     text: str | None = None
     template: str = "{context}"
     place: Literal["system", "user"] = "user"
@@ -44,16 +45,21 @@ class Conditioning(Section):
 
 
 Alignment: TypeAlias = Literal["bytes"]
+Quantisation: TypeAlias = Literal["int8", "int4"]
 
 
 class Local(Section):
-    """The checkpoint ``model``, in this process; without a ``dtype`` in the student's. ``align: bytes``: it
-    has a tokenizer and a chat template of its own, reads the student's text in them, and gives the log-prob
-    of every span of bytes that is whole tokens to both."""
+    """The checkpoint ``model``, in this process; without a ``dtype`` in the student's. ``quantise`` rounds
+    its matrices to 8 or 4 bits, in blocks of 64 weights of one scale; embeddings and head stay as they are.
+    ``offload``: its layers are on the GPU only while it scores or acts, else in the CPU's memory. ``align:
+    bytes``: it has a tokenizer and a chat template of its own, reads the student's text in them, and gives
+    the log-prob of every span of bytes that is whole tokens to both."""
 
     kind: Literal["local"] = "local"
     model: str | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
+    quantise: Quantisation | None = None
+    offload: bool = False
     align: Alignment | None = None
     conditioning: Conditioning | None = None
 
@@ -92,13 +98,26 @@ class Api(Section):
 
 
 class Vllm(Server):
-    """The checkpoint ``model`` on vLLM servers: it gives log-probs, at temperature 1, and acts. Its tokenizer
-    and its template are read here; ``align`` as of kind local."""
+    """The checkpoint ``model`` on vLLM servers, or instead of ``urls`` in an ``engine`` of this process: it
+    gives log-probs, at temperature 1, and acts. Its tokenizer and its template are read here; ``align`` as of
+    kind local."""
 
     kind: Literal["vllm"]
     model: str
+    urls: list[str] = []
+    engine: Engine | None = None
     align: Alignment | None = None
     conditioning: Conditioning | None = None
+
+    @model_validator(mode="after")
+    def _somewhere(self) -> Vllm:
+        if bool(self.urls) == (self.engine is not None):
+            raise ValueError("give either `urls`, of servers, or `engine: {}`, for vLLM in this process")
+        own = type(self).model_fields
+        idle = [name for name in Server.model_fields if getattr(self, name) != own[name].default]
+        if self.engine is not None and idle:
+            raise ValueError(f"`{idle[0]}` is of servers, and `engine` is in this process; drop one of them")
+        return self
 
 
 Asked: TypeAlias = Annotated[

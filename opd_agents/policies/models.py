@@ -31,13 +31,14 @@ CHAT_FILE = "opd_agents_chat.json"  # the chat settings that a checkpoint was tr
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # names of safetensors, names of torch
 
 
-def load_model(path: str, dtype: str) -> PreTrainedModel:
-    """A causal language model in evaluation mode (no dropout), on the GPU of this process where there is one.
-    Raises CheckpointError, also for weights that the files lack (transformers would draw them at random) or
-    that are quantised, and for models that are not of text alone or not of attention alone."""
+def load_model(path: str, dtype: str, device: torch.device | None = None) -> PreTrainedModel:
+    """A causal language model in evaluation mode (no dropout), on ``device`` (None: the GPU of this process,
+    where there is one). Raises CheckpointError, also for weights that the files lack (transformers would draw
+    them at random) or that are quantised, and for models that are not of text alone or not of attention
+    alone."""
     _check_exists("model", path)
     if (base := adapter_base(path)) is not None:
-        _check_base(base, path)
+        check_base(base, path)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), output_loading_info=True, ignore_mismatched_sizes=True
@@ -57,7 +58,7 @@ def load_model(path: str, dtype: str) -> PreTrainedModel:
             f"adapter's base, gives a {type(model).__name__}: {name} {tuple(saved)}, not {tuple(wanted)}."
         )
     _check_kind(model, path, dtype)
-    prepared: PreTrainedModel = model.eval().to(local_device())
+    prepared: PreTrainedModel = model.eval().to(local_device() if device is None else device)
     return prepared
 
 
@@ -82,7 +83,7 @@ def load_merged(path: str, dtype: str) -> PreTrainedModel:
     base = adapter_base(path)
     if base is None:
         return load_model(path, dtype)
-    _check_base(base, path)
+    check_base(base, path)
     model = load_model(base, dtype)
     try:
         return merged(model, path)
@@ -115,7 +116,8 @@ def saved_dtype(folder: Path) -> str | None:
     return None
 
 
-def _check_base(base: str, path: str) -> None:
+def check_base(base: str, path: str) -> None:
+    """Raise CheckpointError where the base of the adapter ``path`` is not there."""
     try:
         _check_exists("model", base)
     except CheckpointError:
@@ -304,16 +306,21 @@ def backward_flops(model: PreTrainedModel, tokens: int, context: float) -> int:
 def _met_weights(model: PreTrainedModel, parameters: Sequence[nn.Parameter]) -> int:
     """How many of these weights a token meets in matrix products."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    matrices = sum(p.numel() for p in parameters if p.ndim == 2 and id(p) not in tables)
+    matrices = sum(_held(p) for p in parameters if p.ndim == 2 and id(p) not in tables)
     experts = [p for p in parameters if p.ndim == 3]  # [experts, out, in]
     if experts:
         chosen = model.config.get_text_config().num_experts_per_tok
-        matrices += sum(p.numel() // len(p) for p in experts) * chosen
+        matrices += sum(_held(p) // len(p) for p in experts) * chosen
     projection = model.get_output_embeddings()
     if projection is None:  # layers without a head
         return matrices
     tied = id(projection.weight) in tables and any(p is projection.weight for p in parameters)
     return matrices + (projection.weight.numel() if tied else 0)
+
+
+def _held(weight: nn.Parameter) -> int:
+    """How many weights it holds: of 4 bits two to a byte (:mod:`opd_agents.policies.quantised`)."""
+    return weight.numel() * (2 if weight.dtype is torch.uint8 else 1)
 
 
 def _embeddings(model: PreTrainedModel) -> Tensor:

@@ -59,7 +59,8 @@ class TransformersSampler:
         self.reader.release()
 
     def act(self, histories: Sequence[History]) -> list[Action]:
-        return self.act_from(self.reader, histories)
+        with self.reader.weights():
+            return self.act_from(self.reader, histories)
 
     @torch.inference_mode()
     def act_from(self, source: NextTokens, histories: Sequence[History]) -> list[Action]:

@@ -20,6 +20,20 @@ TRIES = 50  # a tenth of a second apart
 PROBED = 512  # tokens of a conversation at most
 
 
+class Completes(Protocol):
+    """A model that answers completion requests in the form of vLLM's servers: token ids and log-probs."""
+
+    place: str
+
+    def complete(self, bodies: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
+        """The choice that answers each, in order; one key, one conversation. Raises ServerError."""
+        ...
+
+    def complete_on_each(self, body: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """The choice of each that answers in its place, by their names. Raises ServerError."""
+        ...
+
+
 class VllmPolicy:
     """Acts at ``temperature`` (0: greedy), one request an episode, each with its own seed.
 
@@ -28,7 +42,7 @@ class VllmPolicy:
     """
 
     def __init__(
-        self, client: VllmClient, chat: Chat, model: PreTrainedModel, *, actor: Actor, temperature: float
+        self, client: Completes, chat: Chat, model: PreTrainedModel, *, actor: Actor, temperature: float
     ) -> None:
         self.client, self.model, self.actor, self.temperature = client, model, actor, temperature
         self.policy_version = 0
@@ -102,6 +116,8 @@ class VllmSampler(VllmPolicy):
 
     ``transfer`` is of the main rank alone, else None: it sends the weights for all ranks, and probes them.
     """
+
+    client: VllmClient
 
     def __init__(
         self,
