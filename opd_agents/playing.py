@@ -8,10 +8,13 @@ from functools import partial
 from typing import NamedTuple, TypeAlias, TypeVar
 
 from opd_agents.config import Demonstrations, Policy, RunConfig
+from opd_agents.curriculum import PassRates
 from opd_agents.distributed import ALONE, World
 from opd_agents.episode import Episode
 from opd_agents.judging import NOT_ASKED, Judged, Opinions
 from opd_agents.plugins import Reward, load_reward
+from opd_agents.policies import RelayPolicy
+from opd_agents.policies.base import Policy as Acts
 from opd_agents.tasks import draw_demonstrations, draw_episodes, redraw_episodes
 from opd_agents.types import Outcome, Trajectory
 
@@ -23,12 +26,17 @@ Judging: TypeAlias = Callable[[Sequence[Trajectory]], Judged]
 
 class Played(NamedTuple):
     """``trajectories``: the step's groups in order, then demonstrations. ``redrawn`` counts the groups that
-    were replaced, each as often as it was; ``discarded_tokens`` are those that models wrote in them."""
+    were replaced, each as often as it was; ``discarded`` are their episodes."""
 
     trajectories: list[Trajectory]
-    redrawn: int = 0
-    discarded_tokens: int = 0
-    judged: Judged = NOT_ASKED  # what was said of the student's episodes
+    redrawn: int
+    discarded: list[Trajectory]
+    judged: Judged  # what was said of the student's episodes
+
+    @property
+    def generated_tokens(self) -> int:
+        """What models wrote, also in groups that were replaced."""
+        return sum(one.n_action_tokens for one in self.trajectories + self.discarded)
 
     def metrics(self, config: RunConfig) -> dict[str, float | None]:
         """Of what the config asks for."""
@@ -54,8 +62,10 @@ def play_step(
     demonstrate: Play,
     world: World = ALONE,
     judge: Judging = lambda trajectories: NOT_ASKED,
+    known: PassRates | None = None,
 ) -> Played:
-    """The episodes that a step learns from; a resume draws the same. ``sizes``: tasks per environment.
+    """The episodes that a step learns from; a resume draws the same. ``sizes``: tasks per environment;
+    ``known``: what a curriculum goes by.
 
     ``play`` rolls out for the source, ``demonstrate`` for ``rollout.demonstrations``. Groups of equal rewards
     (:func:`equal_groups`) are replaced up to ``rollout.redraws`` times, then kept as they are. The ``judge``
@@ -63,30 +73,50 @@ def play_step(
     rank, and every rank gets all trajectories.
     """
     size, extra = config.rollout.group_size, config.rollout.demonstrations
-    episodes = draw_episodes(config, step, sizes)
+    episodes = draw_episodes(config, step, sizes, known)
     groups = [*_chunks(world.shared(episodes, play, size), size)]
     first = episodes[::size]
     places: Sequence[int] = range(len(groups))
-    redrawn = discarded = 0
+    redrawn, discarded = 0, list[Trajectory]()
     for attempt in range(1, config.rollout.redraws + 1):
         places = world.from_main(partial(equal_groups, config, groups, places))
         if not places:
             break
-        discarded += sum(t.n_action_tokens for place in places for t in groups[place])
+        discarded += [trajectory for place in places for trajectory in groups[place]]
         redrawn += len(places)
-        fresh = redraw_episodes(config, step, sizes, places, attempt)
+        fresh = redraw_episodes(config, step, sizes, places, attempt, known)
         played = _chunks(world.shared(fresh, play, size), size)
         for place, one, group in zip(places, fresh[::size], played, strict=True):
             first[place], groups[place] = one, group
     trajectories = [trajectory for group in groups for trajectory in group]
     judged = world.from_main(partial(judge, trajectories))
+    hints = {one.trajectory: one.hint for one in judged.feedback if one.hint}
+    trajectories = [replace(one, hint=hints.get(one.uid, "")) for one in trajectories]
     if extra is not None:
         trajectories = _with_rejections(trajectories, extra, judged)
         groups = [*_chunks(trajectories, size)]
         wanted = [(one, _demonstrations(group, extra)) for one, group in zip(first, groups, strict=True)]
         demonstrations = draw_demonstrations(config, step, wanted)
-        trajectories += world.shared(demonstrations, demonstrate, extra.per_group)
+        # a group's on one rank, as what its episodes ask of an API alike is then asked once
+        trajectories += world.shared(demonstrations, demonstrate, [count for _, count in wanted])
     return Played(trajectories, redrawn, discarded, judged)
+
+
+def play_behind(
+    episodes: Sequence[Episode], first: Acts, then: Acts, *, left: int, play: Callable[..., list[Trajectory]]
+) -> list[Trajectory]:
+    """The ``episodes``, begun by ``first`` and finished by ``then``, who takes over where ``left`` turns
+    remain of those that ``first`` needs when it plays the first episode of the group alone.
+
+    What it would do is done anew in every episode, whose noise is its own. A task that it does not solve
+    alone is ``then``'s from its first turn on. ``play`` rolls out with a ``policy``.
+    """
+    groups = {one.group or one.uid: one for one in reversed(episodes)}
+    alone = [replace(one, uid=f"{one.uid}-beginning") for one in groups.values()]
+    shown = dict(zip(groups, play(alone, policy=first), strict=True))
+    turns = {group: max(0, len(one.turns) - left) if one.success else 0 for group, one in shown.items()}
+    relay = RelayPolicy(first, then, {one.uid: turns[one.group or one.uid] for one in episodes})
+    return play(episodes, policy=relay)
 
 
 def _with_rejections(

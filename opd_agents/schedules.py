@@ -1,4 +1,5 @@
-"""Places in a run: coefficients (constant, by progress, by a metric), and whose turn it is by weight."""
+"""Places in a run: coefficients (constant, by progress, by a metric), an early end, and whose turn it is by
+weight."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from opd_agents.config.base import Adaptive, Ramp, Schedule, Section, Switch
+from opd_agents.config.sections import Until
 from opd_agents.errors import AlignmentError, ConfigError
 
 
@@ -73,28 +75,74 @@ def adapt(
     """
     result = {}
     for schedule in schedules:
-        key, metric = schedule.model_dump_json(), row.get(schedule.metric)
+        key = schedule.model_dump_json()
         value = adapted.get(key, schedule.start)
+        metric = _measured(schedule.metric, row, "A schedule of kind adaptive", not adapted, occasional)
         if metric is None:
-            if not adapted and schedule.metric not in {*row, *occasional}:
-                _refuse_unknown(schedule.metric, row, occasional)
             result[key] = value
             continue
-        if not isinstance(metric, (int, float)) or math.isnan(metric):
-            raise AlignmentError(
-                f"The metric {schedule.metric} is {metric!r}, so a schedule cannot follow it."
-            )
         direction = (metric > schedule.target) - (metric < schedule.target)
         result[key] = min(max(value * math.exp(schedule.rate * direction), schedule.low), schedule.high)
     return result
 
 
-def _refuse_unknown(metric: str, row: Mapping[str, object], occasional: Collection[str]) -> None:
-    known = sorted({name for name, value in row.items() if isinstance(value, (int, float))} | {*occasional})
-    raise ConfigError(
-        f"A schedule of kind adaptive follows the metric {metric!r}, which the first step does not have."
-        f" It has {', '.join(known)}."
-    )
+def watch(
+    ends: Sequence[Until],
+    watched: Mapping[str, Sequence[float]],
+    row: Mapping[str, object],
+    occasional: Collection[str] = (),
+) -> dict[str, list[float]]:
+    """The last values of every metric that may end the run, the newest last, after a step whose metrics are
+    ``row``: as many as two windows hold. Raises as :func:`adapt`."""
+    result = {}
+    for metric in dict.fromkeys(one.metric for one in ends):
+        value = _measured(metric, row, "trainer.until", not watched, occasional)
+        values = [*watched.get(metric, ()), *([] if value is None else [value])]
+        result[metric] = values[-2 * max(one.window for one in ends if one.metric == metric) :]
+    return result
+
+
+def reached(ends: Sequence[Until], watched: Mapping[str, Sequence[float]]) -> str | None:
+    """Which of the ends the values of :func:`watch` have come to, in words; None before that."""
+    for one in ends:
+        values = watched.get(one.metric, ())
+        if len(values) < one.window * (1 if one.gain is None else 2):
+            continue
+        last, earlier = _mean(values[-one.window :]), _mean(values[-2 * one.window : -one.window])
+        named = one.metric + (f" over {one.window}" if one.window > 1 else "")
+        if one.above is not None and last >= one.above:
+            return f"{named}: {last:.4g}, at least {one.above:g}"
+        if one.below is not None and last <= one.below:
+            return f"{named}: {last:.4g}, at most {one.below:g}"
+        if one.gain is not None and (
+            last - earlier < one.gain if one.gain >= 0 else last - earlier > one.gain
+        ):
+            return f"{named}: {last:.4g} after {earlier:.4g}, a gain short of {one.gain:g}"
+    return None
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / max(1, len(values))
+
+
+def _measured(
+    metric: str, row: Mapping[str, object], follower: str, first: bool, occasional: Collection[str]
+) -> float | None:
+    """Its value in this step, None where there is none. Raises as :func:`adapt`."""
+    value = row.get(metric)
+    if value is None:
+        if first and metric not in {*row, *occasional}:
+            known = {name for name, other in row.items() if isinstance(other, (int, float))} | {*occasional}
+            raise ConfigError(
+                f"{follower} follows the metric {metric!r}, which the first step does not have."
+                f" It has {', '.join(sorted(known))}."
+            )
+        return None
+    if not isinstance(value, (int, float)) or math.isnan(value):
+        raise AlignmentError(
+            f"The metric {metric} is {value!r}, so {follower[0].lower()}{follower[1:]} cannot follow it."
+        )
+    return value
 
 
 def dealt(count: int, weights: Sequence[float]) -> list[int]:

@@ -1,4 +1,5 @@
-"""Which episodes a training step rolls out: drawn from (seed, step) alone, so a resume draws the same.
+"""Which episodes a training step rolls out: drawn from (seed, step) and what a checkpoint holds, so a resume
+draws the same.
 
 Their uids and the numbers of their noise and draws: the step's groups, then demonstrations; a redrawn group
 has those of the group whose place it takes, marked with the attempt.
@@ -14,6 +15,7 @@ import numpy as np
 
 from opd_agents import envs
 from opd_agents.config import EnvironmentSource, RunConfig
+from opd_agents.curriculum import PassRates
 from opd_agents.episode import Episode
 from opd_agents.errors import ConfigError
 from opd_agents.recordings import student_groups, student_groups_before
@@ -23,22 +25,27 @@ from opd_agents.types import Task
 ATTEMPT = 2**40  # stream numbers of one draw of a step's groups; each redraw has the next so many
 
 
-def draw_episodes(config: RunConfig, step: int, sizes: Sequence[int]) -> list[Episode]:
+def draw_episodes(
+    config: RunConfig, step: int, sizes: Sequence[int], known: PassRates | None = None
+) -> list[Episode]:
     """The step's episodes, in groups of ``rollout.group_size``; ``sizes``: tasks per environment.
 
     They are ``rollout.episodes_per_step``, less those of the groups that are recorded, dealt out to the
     environments by weight. All episodes of a group share a task; each has its own noise. The tasks of a file
     are visited once an epoch, in a new order each time, and so are those of a ``limit``, where an episode's
-    noise is the task's: a fixed data set.
+    noise is the task's: a fixed data set. With a curriculum, what is ``known`` of tasks and levels says which
+    are drawn, as often as it will, each time with fresh noise.
     """
     if not config.environments:  # all experience is recorded
         return []
-    groups, chosen, visits, random = _sources(config, step)
-    drawn = random.integers(np.array(sizes)[chosen])
+    groups, chosen, visits, random = _sources(config, step, known)
+    drawn = _drawn(config, sizes, chosen, known, random)
     episodes = []
     for group, which, index in zip(groups, chosen.tolist(), drawn.tolist(), strict=True):
         source, fresh = config.environments[which], list[int]()
-        if source.limit or "tasks" in source.options:
+        if known is not None:
+            fresh = [step, group]
+        elif source.limit or "tasks" in source.options:
             epoch, place = divmod(visits[which], sizes[which])
             index = int(_order(config.seed, which, sizes[which], epoch)[place])
             fresh = [] if source.limit else [epoch]
@@ -48,22 +55,46 @@ def draw_episodes(config: RunConfig, step: int, sizes: Sequence[int]) -> list[Ep
 
 
 def redraw_episodes(
-    config: RunConfig, step: int, sizes: Sequence[int], places: Sequence[int], attempt: int
+    config: RunConfig,
+    step: int,
+    sizes: Sequence[int],
+    places: Sequence[int],
+    attempt: int,
+    known: PassRates | None = None,
 ) -> list[Episode]:
     """Fresh groups for those in ``places`` of the step's that are played, the ``attempt``-th time (1, ...).
 
-    Each has a task of the same environment, drawn uniformly from (seed, step, attempt, place) alone. It is an
-    extra visit: the epochs over task files and limits go on as if nothing had been redrawn.
+    Each has a task of the same environment, drawn from (seed, step, attempt, place) alone, evenly or by what
+    is ``known``. It is an extra visit: the epochs over task files and limits go on as if nothing had been
+    redrawn.
     """
-    groups, chosen, _, _ = _sources(config, step)
+    groups, chosen, _, _ = _sources(config, step, known)
     random = np.random.Generator(np.random.Philox(key=[config.seed, step], counter=[0, attempt, 4, 2**63]))
-    drawn = random.integers(np.array(sizes)[chosen])
+    drawn = _drawn(config, sizes, chosen, known, random)
     episodes = []
     for place in places:
         which, index = int(chosen[place]), int(drawn[place])
-        fresh = [] if config.environments[which].limit else [step, attempt, place]
+        fixed = config.environments[which].limit and known is None
+        fresh = [] if fixed else [step, attempt, place]
         episodes += _group(config, step, groups[place], which, index, fresh, attempt)
     return episodes
+
+
+def _drawn(
+    config: RunConfig,
+    sizes: Sequence[int],
+    chosen: np.ndarray,
+    known: PassRates | None,
+    random: np.random.Generator,
+) -> np.ndarray:
+    """A task of each environment in ``chosen``, by what is known of them, or evenly."""
+    if known is None:
+        return random.integers(np.array(sizes)[chosen])
+    uniforms, drawn = random.random(len(chosen)), np.zeros(len(chosen), dtype=np.int64)
+    for which in np.unique(chosen).tolist():
+        mine = chosen == which
+        drawn[mine] = known.draw(config.environments[which], sizes[which], uniforms[mine])
+    return drawn
 
 
 def draw_demonstrations(config: RunConfig, step: int, wanted: Sequence[tuple[Episode, int]]) -> list[Episode]:
@@ -84,12 +115,15 @@ def draw_demonstrations(config: RunConfig, step: int, wanted: Sequence[tuple[Epi
     return episodes
 
 
-def _sources(config: RunConfig, step: int) -> tuple[list[int], np.ndarray, list[int], np.random.Generator]:
+def _sources(
+    config: RunConfig, step: int, known: PassRates | None
+) -> tuple[list[int], np.ndarray, list[int], np.random.Generator]:
     """The numbers of the step's groups that are played, the environment of each, how many groups each
-    environment has had before, and the generator of the step's further draws."""
+    environment has had before (at the levels of now), and the generator of the step's further draws."""
     groups = np.flatnonzero(student_groups(config, step)).tolist()
     before = student_groups_before(config, step)
-    weights = [source.weight for source in config.environments]
+    levels = len(config.environments) if known is None else known.levels(config.environments)
+    weights = [source.weight for source in config.environments[:levels]]
     visits, after = dealt(before, weights), dealt(before + len(groups), weights)
     random = np.random.Generator(np.random.Philox(key=[config.seed, step], counter=[0, 0, 0, 2**63]))
     chosen = np.repeat(np.arange(len(weights)), np.subtract(after, visits))

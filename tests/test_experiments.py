@@ -29,3 +29,14 @@ def test_miniwob_student_and_its_teacher_play_the_tasks_that_they_are_measured_o
     assert student.teacher and student.student.build and student.evaluation and teacher.evaluation
     assert student.teacher.model == student.student.build.tokenizer == f"runs/{teacher.name}"
     assert student.evaluation.suite == teacher.evaluation.suite == student.environments[0].id
+
+
+def test_the_stages_of_the_pipeline_hand_on_what_they_know() -> None:
+    stages = load_config("pipeline").stages
+    assert list(stages) == ["cold_start", "opd", "rl", "self"]
+    assert [stage.method for stage in stages.values()] == ["sft", "gkd", "grpo", "rlsd"]
+    opd, rl = stages["opd"], stages["rl"]
+    assert opd.environments == rl.environments and opd.environments[0].limit  # else no task is met twice
+    assert opd.rollout.curriculum and opd.rollout.curriculum.band is None
+    assert rl.rollout.curriculum and rl.rollout.curriculum.band
+    assert opd.trainer.until and rl.trainer.until and opd.evaluation

@@ -94,12 +94,12 @@ def test_only_groups_of_equal_rewards_are_replaced_and_each_in_its_place() -> No
     assert groups == ["000000-g0000", "000000-g0001-r1", "000000-g0002", "000000-g0003-r2"]
     assert len({t.uid for t in result.trajectories}) == 12
     assert sorted(t.uid for t in result.trajectories) == [t.uid for t in result.trajectories]
-    assert (result.redrawn, result.discarded_tokens) == (3, 3 * 3 * 2)
+    assert (result.redrawn, sum(t.n_action_tokens for t in result.discarded)) == (3, 3 * 3 * 2)
     assert result.metrics(made) == {"groups/redrawn": 3}
     made = config("rollout.redraws=0")
     kept = step(made, Playing(reward))
     assert [t.uid for t in kept.trajectories[:3]] == [t.uid for t in result.trajectories[:3]]
-    assert (kept.redrawn, kept.discarded_tokens, kept.metrics(made)) == (0, 0, {})
+    assert (kept.redrawn, kept.discarded, kept.metrics(made)) == (0, [], {})
 
 
 def test_where_all_groups_differ_nothing_is_played_again() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -119,6 +119,43 @@ class Alternatives(Section):
         return self
 
 
+class Curriculum(Section):
+    """Which tasks are drawn, by what the student's own episodes on them have shown.
+
+    A task's pass rate is p = (2 m + successes) / (2 + episodes), by a Beta prior with the mean m: the rate on
+    all tasks of its environment together, so that tasks of which nothing is known are drawn, too. What an
+    episode showed counts half after ``half_life`` steps. Pass rates stand in every checkpoint, and a run
+    whose student is such a checkpoint begins with them, as the next stage does.
+
+    ``draw: competence`` takes tasks in proportion to p (1 - p): those at the edge of what the student can do,
+    neither solved nor hopeless (PACED, arXiv 2603.11178, weighs their loss so); ``uniform`` takes them
+    evenly, and keeps count for the next stage. ``band`` leaves out the tasks whose pass rate is not between
+    its two ends, until what is known of them has faded enough; where nothing is left, all are drawn. With
+    ``next_level`` the `environments` are levels, from the easiest on: at first the first alone is drawn, and
+    the next joins it while the pass rate on all of its tasks together is at least that.
+    """
+
+    draw: Literal["competence", "uniform"] = "competence"
+    band: list[float] | None = Field(None, min_length=2, max_length=2)  # [lowest, highest]
+    next_level: float | None = Field(None, gt=0.5, lt=1)
+    half_life: float = Field(20.0, gt=0)  # steps
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Curriculum:
+        if self.band is not None and not 0 <= self.band[0] < self.band[1] <= 1:
+            raise ValueError("`band`: two pass rates, 0 <= lowest < highest <= 1, such as [0.1, 0.9]")
+        return self
+
+
+class Beginning(Section):
+    """The ``actor`` plays the first turns of every episode, so many that ``left`` would remain of those that
+    it needs alone for the group's task: from back to front, where that grows (TCOD-B2F, arXiv 2604.24005).
+    Where it does not succeed alone the student begins."""
+
+    actor: Literal["teacher", "expert"] = "expert"
+    left: Scheduled
+
+
 class Rollout(Section):
     """Where experience comes from. ``source``: one actor, a mixture drawn per turn, or recordings. The shares
     of a mixture may be schedules; they are divided by their sum."""
@@ -139,6 +176,8 @@ class Rollout(Section):
     demonstrations: Demonstrations | None = None
     alternatives: Alternatives | None = None
     redraws: int = Field(0, ge=0)  # times that groups of equal rewards are replaced by fresh ones (DAPO)
+    beginning: Beginning | None = None  # else it is the source's from the first turn on
+    curriculum: Curriculum | None = None  # else tasks are drawn evenly
 
     @property
     def actors(self) -> set[Source]:
@@ -148,7 +187,8 @@ class Rollout(Section):
                 return {"student"} if share else set()
             case Trajectories():
                 return set()
-        return {self.source} if isinstance(self.source, str) else set(self.source)
+        begins: set[Source] = {self.beginning.actor} if self.beginning else set()
+        return begins | ({self.source} if isinstance(self.source, str) else set(self.source))
 
     @property
     def writers(self) -> set[Source]:
@@ -161,96 +201,17 @@ class Rollout(Section):
             raise ValueError(
                 f"episodes_per_step {self.episodes_per_step} is no multiple of group_size {self.group_size}"
             )
-        for name, most in (("max_turns", self.max_turns), ("max_action_tokens", self.max_action_tokens)):
+        left = self.beginning.left if self.beginning else None
+        for name, most in (
+            ("max_turns", self.max_turns),
+            ("max_action_tokens", self.max_action_tokens),
+            ("beginning.left", left),
+        ):
             if most is not None and bounds(most)[0] < 1:
                 raise ValueError(f"`{name}` falls below 1, which leaves no room for an action")
         if isinstance(self.source, dict) and all_zero_somewhere(self.source.values()):
             raise ValueError("`source`: at some point of the run all shares are 0, and nobody would act")
         return self
-
-
-class Proposal(Section):
-    """Which action was the earliest error, and what should have been done there: what the ``teacher`` or the
-    ``expert`` does, or what the ``judge`` says, who names both in words, of which nothing may come from
-    elsewhere than the student's own history (see `opd_agents.judging.leaks`).
-
-    Unless a judge names it, the action is the first one (``where``)
-
-    - ``improbable``: to which the teacher gives a log-prob under ``below`` (nats);
-    - ``divergent``: of whose tokens the student's and the teacher's log-probs differ by more than ``above``
-      (nats, mean of the absolute values);
-    - ``disagreed``: that is none of ``samples`` of theirs in the same state, in words or in effect;
-    - ``dropped``: with which the student's success falls below half of what it was from the start, by
-      bisection with ``rollouts`` of the student from each state that it looks at.
-    """
-
-    by: Literal["teacher", "judge", "expert"] = "teacher"
-    where: Literal["improbable", "divergent", "disagreed", "dropped"] = "improbable"
-    below: float = Field(-2.3, lt=0)
-    above: float = Field(0.5, gt=0)
-    samples: int = Field(1, gt=0)
-    rollouts: int = Field(4, gt=0)
-
-    @property
-    def scored(self) -> bool:
-        """Whether the teacher's log-probs say where."""
-        return self.by != "judge" and self.where in ("improbable", "divergent")
-
-    @model_validator(mode="after")
-    def _used(self) -> Proposal:
-        keys = {"below": "improbable", "above": "divergent", "samples": "disagreed", "rollouts": "dropped"}
-        where = None if self.by == "judge" else self.where
-        given = {key for key, field in type(self).model_fields.items() if getattr(self, key) != field.default}
-        for key in (key for key, of in keys.items() if key in given and of != where):
-            raise ValueError(f"`{key}` is of `where: {keys[key]}`, and nothing here asks for it")
-        if where is None and "where" in given:
-            raise ValueError("`where` is not asked with `by: judge`, who names the action")
-        if self.by == "expert" and self.where == "disagreed" and self.samples > 1:
-            raise ValueError("`samples`: a scripted expert always does the same")
-        return self
-
-
-class Verification(Section):
-    """How a repair is proved: by fresh rollouts of the student after it, beside as many of each of its
-    ``rivals``, after the student's ``own`` action and where it tries again (``retry``) in the same state. At
-    each number of ``rollouts`` an arm, it is accepted where it is better than every rival with a probability
-    of ``accept``, given up below ``stop``; what the last look leaves open is rejected."""
-
-    rollouts: list[Annotated[int, Field(gt=0)]] = Field([4, 8, 16], min_length=1)
-    rivals: list[Literal["own", "retry"]] = Field(["own", "retry"], min_length=1)
-    accept: float = Field(0.975, gt=0.5, lt=1)
-    stop: float = Field(0.5, ge=0, le=0.5)
-
-    @model_validator(mode="after")
-    def _looks(self) -> Verification:
-        if self.rollouts != sorted(set(self.rollouts)):
-            raise ValueError("`rollouts` of an arm, all told, must rise from look to look")
-        if len(self.rivals) != len(set(self.rivals)):
-            raise ValueError("`rivals`: each once")
-        return self
-
-
-class Audit(Section):
-    """Fresh ``rollouts`` an arm for a ``share`` of the repairs, accepted and rejected alike. They, not those
-    that decided (the accepted were the lucky ones), say what the repairs gained and how many were wrong."""
-
-    share: float = Field(0.1, gt=0, le=1)
-    rollouts: int = Field(32, gt=0)
-
-
-class Correction(Section):
-    """Earliest-error correction at the action level (after SCoRe, 2509.14257), verified by re-rollouts.
-
-    ``random`` is the share of repairs that are put in the place of proposals as a control: another turn of
-    the episode, and a random call there. They are verified like the others and never trained on.
-    """
-
-    propose: Proposal = Proposal()
-    episodes_per_step: int = Field(8, gt=0)
-    verify: Verification = Verification()
-    audit: Audit | None = Audit()
-    random: float = Field(0.0, ge=0, lt=1)
-    token_share: float = Field(0.18, gt=0, lt=1)  # of all generated tokens, spent on repairs and their proof
 
 
 class Discriminator(Section):
@@ -263,9 +224,32 @@ class Discriminator(Section):
     learning_rate: Scheduled | None = None  # null: the student's
 
 
+EVALUATION_METRICS = ("eval/success", "eval/success_low", "eval/success_high", "eval/success_greedy")
+
+
+class Until(Section):
+    """Ends a run, or a stage of it, before its steps are done: where the mean of the last ``window`` values
+    of a ``metric`` of the steps, or of their evaluations (`eval/success`), is at least ``above`` or at most
+    ``below``, or where it has not gained ``gain`` on the mean of the ``window`` values before them: a
+    plateau. A negative gain is of a metric that is to fall. What only some steps measure counts in these."""
+
+    metric: str
+    window: int = Field(1, gt=0)
+    above: float | None = None
+    below: float | None = None
+    gain: float | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Until:
+        if sum(one is not None for one in (self.above, self.below, self.gain)) != 1:
+            raise ValueError(f"`until` of {self.metric}: give one of `above`, `below` and `gain`")
+        return self
+
+
 class TrainerSettings(Section):
     steps: int = Field(100, gt=0)
     flops: float | None = Field(None, gt=0)  # stop after the step that reaches this many FLOPs
+    until: list[Until] = []  # stop after the step with which one of these holds
     updates_per_step: int = Field(1, gt=0)
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: Scheduled = 1e-4
