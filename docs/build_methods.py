@@ -25,7 +25,18 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from opd_agents import config
-from opd_agents.config import base, endpoint, judge, list_methods, loss, sections, serving, teachers, weights
+from opd_agents.config import (
+    base,
+    correction,
+    endpoint,
+    judge,
+    list_methods,
+    loss,
+    sections,
+    serving,
+    teachers,
+    weights,
+)
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "methods.md")
@@ -144,7 +155,7 @@ def estimators(_: str) -> str:
 
 
 def section_class(name: str) -> type[base.Section]:
-    for module in (loss, weights, base, sections, teachers, endpoint, judge, serving):
+    for module in (loss, weights, base, sections, correction, teachers, endpoint, judge, serving):
         if name in vars(module):
             return typing.cast(type[base.Section], vars(module)[name])
     raise KeyError(name)

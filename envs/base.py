@@ -85,8 +85,8 @@ class AgentEnv(TaskEnv):
         self._reset_seed: int | None = None
         self._turn = 0
         self._over = self._finished = False
-        self._start_rng: Mapping[str, Any] = {}
-        self._actions: list[str] = []  # with the digests: only recorded when fork_mode is "replay"
+        self._noise: list[tuple[int, Mapping[str, Any]]] = []  # these three are a Recording's
+        self._actions: list[str] = []  # recorded, as the digests are, when fork_mode is "replay"
         self._digests: list[str] = []
 
     # ---- what an author writes ----
@@ -183,7 +183,7 @@ class AgentEnv(TaskEnv):
         super().reset(seed=seed)
         self._reset_seed = seed
         self._set_task(self._choose_task(dict(options or {})))
-        self._start_rng = self.np_random.bit_generator.state
+        self._noise = [(0, self.np_random.bit_generator.state)]
         prompt = self._begin()
         message = Message("user", prompt)
         return prompt, {
@@ -234,7 +234,7 @@ class AgentEnv(TaskEnv):
         self._require_fork_mode()
         state: bytes | Recording
         if self.fork_mode == "replay":
-            state = Recording(self._start_rng, tuple(self._actions), tuple(self._digests))
+            state = Recording(tuple(self._noise), tuple(self._actions), tuple(self._digests))
         else:
             state = pickled(self.get_state(), type(self).__name__)
         return Snapshot(self.listed_task, self._turn, self._over, self.np_random.bit_generator.state, state)
@@ -249,10 +249,7 @@ class AgentEnv(TaskEnv):
         self._reset_seed = None
         self._set_task(saved.task)
         if isinstance(saved.state, Recording):
-            self._start_rng = self.np_random.bit_generator.state = saved.state.start
-            self._begin()
-            self._check_digest(0, saved.state.digests[0])
-            self.replay(saved.state.actions, saved.state.digests[1:])
+            self._rerun(saved.state)
         else:
             self.set_state(pickle.loads(saved.state))
         self._turn = saved.turn
@@ -261,6 +258,8 @@ class AgentEnv(TaskEnv):
             self.np_random.bit_generator.state = saved.rng
         else:
             self.np_random = seeding.np_random(reseed)[0]
+            if self.fork_mode == "replay":
+                self._noise.append((self._turn, self.np_random.bit_generator.state))
 
     def replay(self, actions: Sequence[str], digests: Sequence[str]) -> None:
         """Take ``actions`` from the present state; ``digests`` are those expected after each of them.
@@ -298,6 +297,17 @@ class AgentEnv(TaskEnv):
         if self.fork_mode == "replay":
             self._actions, self._digests = [], [self.state_digest()]
         return prompt
+
+    def _rerun(self, recording: Recording) -> None:
+        (_, start), *afresh = recording.noise
+        self.np_random.bit_generator.state = start
+        self._begin()
+        self._check_digest(0, recording.digests[0])
+        for turn, state in afresh:
+            self.replay(recording.actions[self._turn : turn], recording.digests[self._turn + 1 : turn + 1])
+            self.np_random.bit_generator.state = state
+        self.replay(recording.actions[self._turn :], recording.digests[self._turn + 1 :])
+        self._noise = list(recording.noise)
 
     def _act(self, action: str) -> _Reply:
         if self.text_only:

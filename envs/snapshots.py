@@ -15,10 +15,11 @@ ForkMode = Literal["snapshot", "replay", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """What verified replay needs: the generator's state at the reset, the actions, and the digest of the
-    state before each of them and after the last."""
+    """What verified replay needs: the generator's states at the reset and wherever the noise was drawn
+    afresh, each with the number of actions before it; the actions, and the digest of the state before each of
+    them and after the last."""
 
-    start: Mapping[str, Any]
+    noise: tuple[tuple[int, Mapping[str, Any]], ...]
     actions: tuple[str, ...]
     digests: tuple[str, ...]
 

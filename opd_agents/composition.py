@@ -5,7 +5,7 @@ policy component's advantage is composed of. Without gradient, once per step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from opd_agents.batch import Packed
 from opd_agents.config import Policy, ReferencePart, RewardPart, Select
 from opd_agents.config.weights import Weight
+from opd_agents.correction.practice import match_reward, published_reward, value_reward
 from opd_agents.errors import AlignmentError
 from opd_agents.judging.opinions import BEST, Opinions
 from opd_agents.objectives import group_advantages, reference_advantages, whitened
@@ -61,6 +62,8 @@ def _of(trajectory: Trajectory, select: Select) -> bool:
 
 
 def source_of(trajectory: Trajectory) -> str:
+    if trajectory.branch is not None and trajectory.group:
+        return "practice"
     if trajectory.branch is not None:
         return "correction" if trajectory.branch.tried else "alternative"
     return "demonstration" if trajectory.demonstration else "rollout"
@@ -89,12 +92,12 @@ def compose(
     for name, part in component.references.items():
         parts[name] = _reference_part(part, inputs, at)
     for name, reward_part in component.rewards.items():
-        if reward_part.verbal == "action":
-            of_turns = action_advantages(packed, trajectories, reward_part, component.select, opinions)
+        if (score := scores_of_actions(reward_part, opinions)) is not None:
+            of_turns = action_advantages(packed, trajectories, reward_part, component.select, score)
             own = torch.zeros(len(trajectories)).index_add(0, _episodes(packed), of_turns.abs())
             advantage = of_turns[packed.turn]
         else:
-            reward = _verbal(opinions) if reward_part.verbal else rewards.get(name)
+            reward = _of_episode(reward_part, opinions) or rewards.get(name)
             own = reward_advantages(trajectories, reward_part, component.select, reward)
             advantage = own[packed.episode]
         parts[name] = _reward_part(reward_part, advantage, inputs, at)
@@ -138,7 +141,7 @@ def _reward_part(part: RewardPart, advantage: Tensor, inputs: WeightInputs, at: 
 def reward_advantages(
     trajectories: Sequence[Trajectory], part: RewardPart, select: Select, reward: Reward | None = None
 ) -> Tensor:
-    """Advantage of each trajectory [E]; 0 for branches, errors and ungrouped episodes.
+    """Advantage of each trajectory [E]; 0 for errors and ungrouped episodes, as accepted repairs are.
 
     ``reward`` of a trajectory is what is compared (NaN: none); None: what the environment gave. A group's
     demonstrations are compared with the student's episodes, unless ``select.source`` is rollout. An
@@ -150,16 +153,20 @@ def reward_advantages(
 
 
 def action_advantages(
-    packed: Packed, trajectories: Sequence[Trajectory], part: RewardPart, select: Select, opinions: Opinions
+    packed: Packed,
+    trajectories: Sequence[Trajectory],
+    part: RewardPart,
+    select: Select,
+    score: Callable[[Trajectory, int], float],
 ) -> Tensor:
-    """Advantage of each turn of the packed table by its own score, over all those of its group; 0 where there
-    is none, and where :func:`reward_advantages` of an episode is."""
+    """Advantage of each turn of the packed table by its own ``score`` (NaN: none), over all those of its
+    group; 0 where there is none, and where :func:`reward_advantages` of an episode is."""
     groups, compared = group_numbers(trajectories), dict(_compared(trajectories, part, select))
-    given = {}
-    for number, (episode, turn) in enumerate(packed.turns):
-        said = opinions.of(trajectories[episode].uid, turn) if episode in compared else None
-        if said is not None and said.score is not None:
-            given[number] = said.score / BEST
+    given = {
+        number: score(trajectories[episode], turn)
+        for number, (episode, turn) in enumerate(packed.turns)
+        if episode in compared
+    }
     return _advantages(given, groups[_episodes(packed)], part)
 
 
@@ -169,7 +176,8 @@ def _compared(
     """The episodes that a reward compares, with their places."""
     for index, one in enumerate(trajectories):
         grouped = bool(one.group) or part.baseline == "none"
-        played = one.branch is None and not one.recorded and one.outcome is not Outcome.ERROR
+        branched = one.branch is not None and not one.group  # what is practised is of a group
+        played = not (branched or one.recorded) and one.outcome is not Outcome.ERROR
         masked = part.unfinished == "masked" and one.cut_off
         apart = one.replaced or (select.source == "rollout" and one.demonstration)
         if grouped and played and not masked and not apart:
@@ -188,12 +196,27 @@ def _advantages(given: Mapping[int, float], groups: Tensor, part: RewardPart) ->
     return result
 
 
-def _verbal(opinions: Opinions) -> Reward:
-    def reward(trajectory: Trajectory) -> float:
-        score = opinions.episode_score(trajectory)
-        return math.nan if score is None else score / BEST
+def _of_episode(part: RewardPart, opinions: Opinions) -> Reward | None:
+    """A reward of whole episodes that is a judge's, or SCoRe's."""
+    if part.verbal is not None:
+        return lambda one: _on_scale(opinions.episode_score(one))
+    return None if part.key_step is None else published_reward
 
-    return reward
+
+def scores_of_actions(part: RewardPart, opinions: Opinions) -> Callable[[Trajectory, int], float] | None:
+    """A reward of single actions."""
+
+    def verbal(one: Trajectory, turn: int) -> float:
+        said = opinions.of(one.uid, turn)
+        return _on_scale(said.score if said else None)
+
+    if part.verbal == "action":
+        return verbal
+    return {"match": match_reward, "value": value_reward}.get(part.key_step or "")
+
+
+def _on_scale(score: float | None) -> float:
+    return math.nan if score is None else score / BEST
 
 
 def _episodes(packed: Packed) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from opd_agents.batch import Packed, pack
-from opd_agents.composition import Composed, compose, group_numbers, selected, weigh
+from opd_agents.composition import Composed, compose, group_numbers, selected, source_of, weigh
 from opd_agents.config import Component, Distill, Policy, Preference
 from opd_agents.correction import Repair
 from opd_agents.credit import assign_credit, factors, with_factors
@@ -221,7 +221,7 @@ def _taught(component: Component, experience: Experience) -> Tensor:
 def _weight_inputs(session: Session, experience: Experience, opinions: Opinions) -> WeightInputs:
     packed, trajectories, frozen = experience.packed, experience.trajectories, experience.frozen
     counted = [
-        t.branch is None and not t.demonstration and not t.recorded and t.outcome is not Outcome.ERROR
+        source_of(t) in ("rollout", "practice") and not t.recorded and t.outcome is not Outcome.ERROR
         for t in trajectories
     ]
     said = [opinions.of(trajectories[episode].uid, turn) for episode, turn in packed.turns]

@@ -13,16 +13,19 @@ from opd_agents import envs
 from opd_agents.config import Correction
 from opd_agents.correction import (
     Proposed,
+    Repair,
     correct,
     disagreed,
     divergent,
     dropped,
+    first_turn,
     improbable,
     may_be_repaired,
 )
 from opd_agents.correction.states import Place, act_at, saved_at
 from opd_agents.experience import Experience, joined, score
 from opd_agents.judging import NOT_ASKED, Judged
+from opd_agents.policies import ExpertPolicy
 from opd_agents.policies.base import Policy
 from opd_agents.rollout import rollout
 from opd_agents.session import Session
@@ -50,26 +53,40 @@ def with_repairs(session: Session, experience: Experience) -> Experience:
     rolled_out = totals["generated_tokens"] - totals["correction_tokens"]
     rolled_out += sum(one.n_action_tokens for one in experience.trajectories if one.branch is None)
     token_budget = share / (1 - share) * rolled_out - totals["correction_tokens"]
-    if token_budget <= 0:  # before a judge is paid for what cannot be proved
-        return experience
-    located = _located(session, experience, settings)
-    repairs = correct(
-        located.errors, settings, stream=(session.config.seed, session.step),
-        token_budget=token_budget - located.tokens, student=session.student_sampler, teacher=located.policy,
-        make=envs.launch, chat=session.chat, limits=session.limits,
-        temperature=session.config.rollout.temperature, world=session.world,
-    )  # fmt: skip
+    repairs: list[Repair] = []
+    judged, locating_tokens, looked_at = NOT_ASKED, 0, experience
+    for again in range(settings.repairs):
+        if token_budget <= 0 or not looked_at.trajectories:  # before a judge is paid for no proof
+            break
+        located = _located(session, looked_at, settings, first=again * len(experience.trajectories))
+        new = correct(
+            located.errors, settings, stream=(session.config.seed, session.step),
+            token_budget=token_budget - located.tokens, student=session.student_sampler,
+            proposes=located.policy, resumes=session.policies[settings.resumes], make=envs.launch,
+            chat=session.chat, limits=session.limits, temperature=session.config.rollout.temperature,
+            world=session.world, again=again,
+        )  # fmt: skip
+        repairs += new
+        judged, locating_tokens = judged.and_then(located.judged), locating_tokens + located.tokens
+        token_budget -= located.tokens + sum(repair.tokens for repair in new)
+        if again + 1 < settings.repairs:
+            looked_at = score(session, [repair.failed for repair in new if repair.failed is not None])
+    practised = [one for repair in repairs for one in repair.practised]
     branches = [repair.branch for repair in repairs if repair.branch is not None]
-    told = replace(experience, proposed=located.judged, locating_tokens=located.tokens)
-    return joined(told, score(session, branches), tuple(repairs))
+    told = replace(experience, proposed=judged, locating_tokens=locating_tokens)
+    learned = session.keep([*branches, *practised], settings.kept)
+    return joined(told, score(session, learned), tuple(repairs))
 
 
-def _located(session: Session, experience: Experience, settings: Correction) -> Located:
+def _located(session: Session, experience: Experience, settings: Correction, first: int) -> Located:
+    """``first``: a number for the first of the episodes, the others' follow."""
     propose, trajectories = settings.propose, experience.trajectories
     if propose.by == "judge":
-        return _judged(session, _some(session, trajectories, settings))
-    policy = session.policies["expert"]
-    if propose.by == "teacher" and session.teacher is not None:
+        return _judged(session, _some(session, trajectories, settings, first))
+    policy: Policy = ExpertPolicy()
+    if propose.by == "student":
+        policy = session.student_sampler
+    elif propose.by == "teacher" and session.teacher is not None:
         policy = session.teacher.greedy
     if propose.scored:
         terms = experience.frozen.references["teacher"]
@@ -79,7 +96,7 @@ def _located(session: Session, experience: Experience, settings: Correction) -> 
             gap = experience.frozen.logprob - terms.logprob
             errors = divergent(trajectories, experience.packed, gap, propose.above)
         return Located(errors, policy)
-    failed = _some(session, trajectories, settings)
+    failed = _some(session, trajectories, settings, first)
     turns, tokens = _tried(session, failed, settings, policy)
     return Located([(failed[number], turn) for number, turn in turns.items()], policy, tokens=tokens)
 
@@ -114,17 +131,21 @@ def _judged(session: Session, failed: Mapping[int, Trajectory]) -> Located:
     judged = session.world.from_main(lambda: session.judge_errors(list(failed.values())))
     texts = {one.trajectory: one.replacement or "" for one in judged.feedback}
     turns = {one.trajectory: one.turn or 0 for one in judged.feedback}
-    errors = [(one, turns[one.uid]) for one in failed.values() if one.uid in turns]
+    errors = [
+        (one, turns[one.uid])
+        for one in failed.values()
+        if one.uid in turns and turns[one.uid] >= first_turn(one)
+    ]
     return Located(errors, Writable(Proposed(texts), session.chat), judged)
 
 
 def _some(
-    session: Session, trajectories: Sequence[Trajectory], settings: Correction
+    session: Session, trajectories: Sequence[Trajectory], settings: Correction, first: int
 ) -> dict[int, Trajectory]:
     """As many failed episodes as may be repaired in a step, drawn by it, with their numbers."""
-    failed = [number for number, one in enumerate(trajectories) if may_be_repaired(one)]
+    failed = {first + number: one for number, one in enumerate(trajectories) if may_be_repaired(one)}
     random = np.random.Generator(
-        np.random.Philox(key=[session.config.seed, session.step], counter=[0, 0, 7, 2**63])
+        np.random.Philox(key=[session.config.seed, session.step], counter=[0, first, 7, 2**63])
     )
-    some = sorted(random.permutation(len(failed))[: settings.episodes_per_step].tolist())
-    return {failed[index]: trajectories[failed[index]] for index in some}
+    some = sorted(random.permutation(list(failed))[: settings.episodes_per_step].tolist())
+    return {number: failed[number] for number in some}

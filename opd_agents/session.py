@@ -17,41 +17,35 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from opd_agents import envs
 from opd_agents.batch import Packed
 from opd_agents.chat import Chat
-from opd_agents.config import EnvironmentSource, Recorded, RunConfig, SignedScheduled, Trajectories
-from opd_agents.config.needs import weights_of
-from opd_agents.config.weights import WithoutTokens
+from opd_agents.config import (
+    EVALUATION_METRICS,
+    RunConfig,
+    SignedScheduled,
+)
 from opd_agents.correction import Alternatives, act_otherwise
-from opd_agents.discriminator import Discriminator, make_discriminator
-from opd_agents.distributed import ALONE, World
-from opd_agents.episode import Episode, Limits
+from opd_agents.curriculum import PassRates
+from opd_agents.discriminator import Discriminator
+from opd_agents.distributed import World
+from opd_agents.episode import Limits
 from opd_agents.errors import CheckpointError, ConfigError, RunFolderError
-from opd_agents.evaluation import load_suite
 from opd_agents.judging import NOT_ASKED, Judged, judge_corrections, judge_episodes, judge_preferences
 from opd_agents.optimizers import ModelOptimizer
-from opd_agents.plugins import load_object
 from opd_agents.policies import ExpertPolicy, MixturePolicy, Policy
 from opd_agents.policies.base import Sampler
 from opd_agents.policies.mixture import TokenMixture
-from opd_agents.policies.models import check_projection, load_tokenizer, save_checkpoint
-from opd_agents.policies.recomputation import prepare_recomputation
+from opd_agents.policies.models import save_checkpoint
 from opd_agents.policies.sampler import TransformersSampler
-from opd_agents.recordings import Recordings, read_conversations, refuse_bad, tools_of
+from opd_agents.recordings import Recordings, tools_of
 from opd_agents.references import References
-from opd_agents.rollout import check_conversation
-from opd_agents.rows import read_rows
-from opd_agents.runs import RunFolder, checkpoints_in, newest_checkpoint
-from opd_agents.schedules import Clock, adapt, adaptive_schedules, schedules_in, value_at
-from opd_agents.sharding import Trained, shard, trained_weights, whole_state
-from opd_agents.stored import recordings_of
-from opd_agents.student import load_student, make_sampler
-from opd_agents.tasks import check_experts, draw_episodes, split_sizes
+from opd_agents.runs import RunFolder
+from opd_agents.schedules import Clock, adapt, adaptive_schedules, reached, schedules_in, value_at, watch
+from opd_agents.sharding import Trained, trained_weights, whole_state
 from opd_agents.teachers import Teacher, TeacherSignal
 from opd_agents.teachers.local import ModelTeacher
-from opd_agents.teaching import check_references
-from opd_agents.types import SpanKind, Trajectory, to_json
+from opd_agents.types import Trajectory, from_dict, to_json
 
+KEPT = "kept.jsonl"  # of a checkpoint
 TOTALS = ("generated_tokens", "correction_tokens", "teacher_tokens", "teacher_seconds", "flops", "seconds")
-EVALUATION_METRICS = ("eval/success", "eval/success_low", "eval/success_high", "eval/success_greedy")
 
 
 @dataclass
@@ -75,8 +69,12 @@ class Session:
     evaluation_at_start: dict[str, Any] | None = None
     evaluation: dict[str, Any] | None = None  # the newest
     adapted: dict[str, float] = field(default_factory=dict)  # see Clock
+    watched: dict[str, list[float]] = field(default_factory=dict)  # see schedules.watch
+    kept: dict[int, list[Trajectory]] = field(default_factory=dict)  # what came of repairs, by their step
 
     def __post_init__(self) -> None:
+        settings = self.config.rollout.curriculum
+        self.known = None if settings is None else PassRates(settings)
         self.policies = self._policies()
         self._schedules, self._adaptive = schedules_in(self.config), adaptive_schedules(self.config)
         # of the counters below, in the totals already
@@ -106,6 +104,14 @@ class Session:
         """Who acts for ``rollout.demonstrations``."""
         extra = self.config.rollout.demonstrations
         return self.policies[extra.actor if extra else "expert"]
+
+    @property
+    def beginner(self) -> Policy:
+        """Who plays ``rollout.beginning``; a teacher what it finds best."""
+        beginning = self.config.rollout.beginning
+        if beginning and beginning.actor == "teacher" and self.teacher is not None:
+            return self.teacher.greedy
+        return self.policies["expert"]
 
     def alternatives(self, trajectories: Sequence[Trajectory]) -> Alternatives:
         """What another would do at some of the states that the student came to in this step."""
@@ -236,12 +242,41 @@ class Session:
         """What the models were used for since the last step was no training, and counts nowhere."""
         self._counted = self._spent()
 
+    def keep(self, repaired: Sequence[Trajectory], steps: int) -> list[Trajectory]:
+        """What came of this step's repairs and of those of up to ``steps`` before it, the oldest first."""
+        recent = {step: old for step, old in self.kept.items() if self.step - steps <= step < self.step}
+        self.kept = recent | {self.step: [*repaired]}
+        return [one for of_step in self.kept.values() for one in of_step]
+
+    @property
+    def _keeps(self) -> bool:
+        return self.config.correction is not None and self.config.correction.kept > 0
+
+    def remember(self, played: Sequence[Trajectory]) -> dict[str, float]:
+        """Let the curriculum know of a step's episodes; what it knows then, as metrics."""
+        if self.known is None:
+            return {}
+        self.known = self.known.after(played)
+        return self.known.metrics(self.config.environments)
+
     def adapt(self, row: Mapping[str, Any]) -> None:
-        """Let the adaptive schedules follow the metrics of the step that was made; the same on every rank,
-        also where the metrics are not, as a rank's seconds."""
+        """Let the adaptive schedules and the early ends follow the metrics of the step that was made; the
+        same on every rank, also where the metrics are not, as a rank's seconds."""
+        later, ends = EVALUATION_METRICS if self.config.evaluation else (), self.config.trainer.until
         if self._adaptive:
-            later = EVALUATION_METRICS if self.config.evaluation else ()
             self.adapted = self.world.from_main(lambda: adapt(self._adaptive, self.adapted, row, later))
+        if ends:
+            self.watched = self.world.from_main(lambda: watch(ends, self.watched, row, later))
+
+    @property
+    def end(self) -> str | None:
+        """Why the run is over, by the key that ends it; None while it goes on."""
+        trainer = self.config.trainer
+        if found := reached(trainer.until, self.watched):
+            return f"trainer.until, {found}"
+        if trainer.flops is not None and self.totals["flops"] >= trainer.flops:
+            return "trainer.flops"
+        return "trainer.steps" if self.step >= trainer.steps else None
 
     def evaluation_row(self) -> dict[str, float]:
         result = self.evaluation or {}
@@ -272,9 +307,15 @@ class Session:
         self.references.save(folder)
         if self.discriminator is not None:
             self.discriminator.save(folder)
+        if self.known is not None:
+            self.known.save(folder)
+        if self._keeps:
+            pairs = [(step, one) for step, of_step in self.kept.items() for one in of_step]
+            lines = (to_json({"step": step, "trajectory": one}) + "\n" for step, one in pairs)
+            (folder / KEPT).write_text("".join(lines), encoding="utf-8")
         counts = {"step": self.step, "updates": self.updates, "totals": self.totals}
         state = counts | {"evaluation_at_start": self.evaluation_at_start, "evaluation": self.evaluation}
-        state |= {"data_sizes": self.data_sizes, "adapted": self.adapted}
+        state |= {"data_sizes": self.data_sizes, "adapted": self.adapted, "watched": self.watched}
         (folder / "trainer.json").write_text(json.dumps(state), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
@@ -282,9 +323,13 @@ class Session:
         try:
             state = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
             optimizer_state = torch.load(folder / "optimizer.pt", map_location="cpu")
+            lines = (folder / KEPT).read_text(encoding="utf-8").splitlines() if self._keeps else []
+            kept = [json.loads(line) for line in lines]
             self.references.load(folder)
             if self.discriminator is not None:
                 self.discriminator.load(folder)
+            if self.known is not None:
+                self.known = self.known.loaded(folder)
         except Exception as error:  # of torch, pickle and json: whatever a broken file makes them raise
             raise CheckpointError(
                 f"{folder} is not whole ({type(error).__name__}), so the run cannot go on from it. Remove it "
@@ -298,103 +343,7 @@ class Session:
         self.step, self.updates = state["step"], state["updates"]
         self.totals |= state["totals"]  # of a run of before, some counters are missing
         self.evaluation_at_start, self.evaluation = state["evaluation_at_start"], state["evaluation"]
-        self.adapted = state["adapted"]
+        self.adapted, self.watched = state["adapted"], state["watched"]
+        for one in kept:
+            self.kept.setdefault(one["step"], []).append(from_dict(Trajectory, one["trajectory"]))
         self.optimizer.load_state_dict(optimizer_state)
-
-
-def check_inputs(config: RunConfig) -> None:
-    """Raise UserError for what a stage names and does not exist, before a folder is made or a step taken."""
-    _check_plugins(config)
-    split_sizes(config.environments)
-    match config.rollout.source:
-        case Recorded() as recorded:
-            rows = read_rows(recorded.dataset, recorded.split)
-            refuse_bad(read_conversations(rows), len(rows))
-        case Trajectories() as stored:
-            read_rows(stored.trajectories)
-    if config.evaluation:
-        split, suite = config.evaluation.split, load_suite(config.evaluation.suite)
-        split_sizes([EnvironmentSource(id=e.id, options=e.options, split=split) for e in suite.environments])
-        budget, most = config.chat.thinking_budget, suite.limits.max_tokens_per_turn
-        if budget is not None and budget >= most:
-            raise ConfigError(
-                f"evaluation.suite: chat.thinking_budget {budget} leaves no room for an action, as "
-                f"{suite.name} plays with {most} tokens per action; raise limits.max_tokens_per_turn in a "
-                "suite file."
-            )
-    check_experts(config)
-    check_references(config)
-    if config.discriminator and config.discriminator.model:
-        load_tokenizer(newest_checkpoint(config.discriminator.model))
-    student = config.student
-    path = student.build.tokenizer if student.build else student.model
-    if path and not checkpoints_in(config.folder):
-        load_tokenizer(newest_checkpoint(path))
-
-
-def _check_plugins(config: RunConfig) -> None:
-    for name, component in config.loss.components.items():
-        named = {"credit": component.credit}
-        if component.kind == "policy":
-            named |= {f"rewards.{part}.reward": own.reward for part, own in component.rewards.items()}
-        for key, reference in named.items():
-            if reference is not None:
-                load_object(reference, f"loss.components.{name}.{key}")
-
-
-def load_session(config: RunConfig, folder: RunFolder, world: World = ALONE) -> Session:
-    """Everything a stage needs, from its start or from the folder's newest checkpoint."""
-    checkpoints = folder.checkpoints()
-    model, tokenizer, chat = load_student(config, str(checkpoints[-1]) if checkpoints else None)
-    check_projection(model, config.student.dtype)
-    _check_spans(config, chat)
-    _check_texts(config, chat)
-    if config.trainer.gradient_checkpointing:
-        prepare_recomputation(model)
-    references = References(config, model, chat)
-    recordings = recordings_of(config, chat)
-    trained = shard(model, world)
-    session = Session(
-        config, folder, model, tokenizer, chat, references, split_sizes(config.environments),
-        ModelOptimizer(trained.model, config.trainer.optimizer, config.trainer.weight_decay),
-        make_sampler(config, model, chat, sends=world.is_main), recordings, trained, world,
-        make_discriminator(config, model, chat),
-    )  # fmt: skip
-    _check_conversations(session)
-    if checkpoints:
-        session.load(checkpoints[-1])
-    if recordings is not None:
-        references.fill_caches(recordings, config.trainer.micro_batch_tokens, world)
-        session.count()
-    session.student_sampler.reset(session.step)
-    world.wait()  # nobody acts before the weights are where they act
-    return session
-
-
-def _check_conversations(session: Session) -> None:
-    """Begin an episode of each environment, so that a template that cannot carry it is refused now."""
-    first: dict[str, Episode] = {}
-    for episode in draw_episodes(session.config, 0, session.task_counts):
-        first.setdefault(to_json([episode.env_id, episode.env_kwargs]), episode)
-    for episode in first.values():
-        check_conversation(episode, make=envs.launch, chat=session.chat, limits=session.limits)
-    session.references.check(first.values())
-
-
-def _check_texts(config: RunConfig, chat: Chat) -> None:
-    for name, component in config.loss.components.items():
-        texts = [w.tokens for w in weights_of(component) if isinstance(w, WithoutTokens)]
-        for text in sorted({text for tokens in texts for text in tokens} - {"end"}):
-            try:
-                chat.token_id(text)
-            except ConfigError as error:
-                raise ConfigError(f"loss.components.{name}: a weight `without_tokens`: {error}") from None
-
-
-def _check_spans(config: RunConfig, chat: Chat) -> None:
-    for name, component in config.loss.components.items():
-        if component.select.spans == [SpanKind.THINK] and chat.thought is None:
-            raise ConfigError(
-                f"loss.components.{name}.select.spans: think alone, but the chat template marks no thought,"
-                " so that the component would see nothing; leave it out."
-            )

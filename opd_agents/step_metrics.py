@@ -17,7 +17,7 @@ from opd_agents.experience import Assigned, Experience
 from opd_agents.runs import trajectory_row
 from opd_agents.session import Session
 from opd_agents.teachers import SpanLogprobs
-from opd_agents.types import ActionFeedback, Actor, Credit, Outcome, SpanKind, StopReason, Trajectory
+from opd_agents.types import ActionFeedback, Actor, Credit, KeyStep, Outcome, SpanKind, StopReason, Trajectory
 
 
 def step_metrics(
@@ -55,6 +55,7 @@ def step_metrics(
     if session.config.correction is not None:
         row |= {
             **_repairs(repairs, session.config.correction),
+            **_kept(session),
             "correction/token_share": session.totals["correction_tokens"]
             / max(1.0, session.totals["generated_tokens"]),
         }
@@ -114,7 +115,7 @@ def _advantages(experience: Experience, assigned: Assigned) -> dict[str, float |
             told = {
                 t.group
                 for t, a in zip(experience.trajectories, values.tolist(), strict=True)
-                if t.group and a
+                if t.group and a and t.branch is None
             }
             total = len({t.group for t in experience.rollouts if t.group})
             rows |= {"groups/total": total, "groups/nonzero": len(told)}
@@ -182,7 +183,8 @@ def trajectory_rows(experience: Experience, credits: Sequence[Sequence[Credit]])
     """The lines of a step's trajectory file."""
     said: dict[str, list[ActionFeedback]] = {trajectory.uid: [] for trajectory in experience.trajectories}
     for one in (*experience.feedback, *experience.proposed.feedback):
-        said[one.trajectory].append(one)
+        if one.trajectory in said:  # else of a run after a repair, which is not learned from
+            said[one.trajectory].append(one)
     return [
         trajectory_row(trajectory, credit, _repair_row(trajectory, experience.repairs), said[trajectory.uid])
         for trajectory, credit in zip(experience.trajectories, credits, strict=True)
@@ -191,7 +193,8 @@ def trajectory_rows(experience: Experience, credits: Sequence[Sequence[Credit]])
 
 def _repairs(repairs: Sequence[Repair], settings: Correction) -> dict[str, float | None]:
     """What was proposed and accepted, also of the controls, which are random actions. The gain is what audits
-    of accepted repairs found, in success rate, over their best rival."""
+    of accepted repairs found, in success rate, over their best rival. Of the rollouts ``practice``d in states
+    of accepted ones there are the success rate, and how many begin with which key step."""
     meant, controls = (
         [repair for repair in repairs if repair.control is control] for control in (False, True)
     )
@@ -200,6 +203,12 @@ def _repairs(repairs: Sequence[Repair], settings: Correction) -> dict[str, float
         "correction/accepted": sum(repair.accepted for repair in meant),
         "correction/rollouts": sum(repair.evidence.played for repair in repairs),
     }
+    if settings.practice is not None:
+        practised = [one for repair in repairs for one in repair.practised]
+        row["practice/episodes"] = len(practised)
+        if practised:
+            row["practice/success"] = sum(one.success for one in practised) / len(practised)
+            row |= {f"practice/key_{key}": n / len(practised) for key, n in _keys(practised).items()}
     if settings.random:
         row["correction/controls"] = len(controls)
         row["correction/controls_accepted"] = sum(repair.accepted for repair in controls)
@@ -214,7 +223,7 @@ def _repairs(repairs: Sequence[Repair], settings: Correction) -> dict[str, float
 
 
 def _repair_row(trajectory: Trajectory, repairs: Sequence[Repair]) -> dict[str, Any] | None:
-    """What was tried on this episode, if anything."""
+    """What was tried on this episode, if anything, and ``then`` on a run after that."""
     for repair in repairs:
         if repair.parent.uid == trajectory.uid:
             return {
@@ -225,8 +234,24 @@ def _repair_row(trajectory: Trajectory, repairs: Sequence[Repair]) -> dict[str, 
                 "evidence": evidence_row(repair.evidence),
                 "audit": repair.audit and evidence_row(repair.audit),
                 "control": repair.control,
+                "practised": _keys(repair.practised),
+                "then": repair.failed and _repair_row(repair.failed, repairs),
             }
     return None
+
+
+def _kept(session: Session) -> dict[str, int]:
+    """How many episodes of earlier steps' repairs are learned from once more."""
+    if session.config.correction is None or not session.config.correction.kept:
+        return {}
+    *earlier, _ = session.kept.values()
+    return {"correction/kept": sum(len(of_step) for of_step in earlier)}
+
+
+def _keys(practised: Sequence[Trajectory]) -> dict[str, int]:
+    """How many begin with which key step."""
+    counts = Counter(one.branch.key for one in practised if one.branch)
+    return {key.value: counts[key] for key in KeyStep}
 
 
 def evidence_row(evidence: Evidence) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
@@ -17,17 +17,18 @@ from opd_agents.config import RunConfig
 from opd_agents.distributed import World, join_world
 from opd_agents.errors import BudgetSpent
 from opd_agents.evaluation import load_suite, run_suite, summarise
-from opd_agents.evaluation.evaluate import model_contestant
+from opd_agents.evaluation.contestants import model_contestant
 from opd_agents.experience import credit, score, with_likeness
-from opd_agents.playing import play_step
+from opd_agents.playing import Play, play_behind, play_step
 from opd_agents.probing import refuse_misaligned
 from opd_agents.progress import Interrupted, StopSignal, progress_bar
 from opd_agents.repairing import with_repairs
 from opd_agents.rollout import rollout
 from opd_agents.runs import BEST, RunFolder, latest_checkpoint
-from opd_agents.session import Session, check_inputs, load_session
+from opd_agents.session import Session
+from opd_agents.starting import check_inputs, load_session
 from opd_agents.step_metrics import step_metrics, trajectory_rows
-from opd_agents.types import Actor
+from opd_agents.types import Actor, Trajectory
 from opd_agents.updates import update, update_discriminator
 
 
@@ -97,7 +98,7 @@ def _train_stage(config: RunConfig, resume: bool, probes: bool, world: World) ->
     if probes and session.step == 0:
         refuse_misaligned(session)
     folder.truncate(session.step)
-    trainer, limit = config.trainer, config.trainer.flops
+    trainer = config.trainer
     with (
         closing(session.references),
         StopSignal(tells=world.is_main) as stop,
@@ -106,7 +107,7 @@ def _train_stage(config: RunConfig, resume: bool, probes: bool, world: World) ->
     ):
         if config.evaluation and config.evaluation.at_start and session.step == 0:
             session.evaluation_at_start = evaluate_session(session)
-        while session.step < trainer.steps and (limit is None or session.totals["flops"] < limit):
+        while session.end is None:
             row = _affordable_step(session)
             folder.log(row)
             bar.update(row)
@@ -129,7 +130,7 @@ def _train_stage(config: RunConfig, resume: bool, probes: bool, world: World) ->
     summary = {
         "name": config.name, "steps": session.step, "seconds": session.totals["seconds"],
         "evaluation_at_start": session.evaluation_at_start, "evaluation": session.evaluation,
-        "best": _best(folder), **totals,
+        "best": _best(folder), "ended": session.end, **totals,
     }  # fmt: skip
     folder.write_summary(summary)
     world.wait()  # a next stage starts from what is written
@@ -176,8 +177,8 @@ def train_step(session: Session) -> dict[str, Any]:
         temperature=config.rollout.temperature,
     )  # fmt: skip
     played = play_step(
-        config, session.step, session.task_counts, partial(play, policy=session.behaviour),
-        partial(play, policy=session.demonstrator), session.world, session.judge,
+        config, session.step, session.task_counts, source_play(session, play),
+        partial(play, policy=session.demonstrator), session.world, session.judge, session.known,
     )  # fmt: skip
     trajectories, otherwise = played.trajectories, session.alternatives(played.trajectories)
     if session.recordings is not None:
@@ -189,7 +190,7 @@ def train_step(session: Session) -> dict[str, Any]:
     losses = update(session, experience, assigned)
     told_apart = update_discriminator(session, experience)
     session.advance(
-        generated_tokens=sum(t.n_action_tokens for t in played.trajectories) + played.discarded_tokens,
+        generated_tokens=played.generated_tokens,
         correction_tokens=experience.locating_tokens + sum(repair.tokens for repair in experience.repairs),
     )
     session.folder.save_trajectories(session.step, trajectory_rows(experience, assigned.credits))
@@ -197,13 +198,22 @@ def train_step(session: Session) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     row = step_metrics(session, experience, assigned, losses, before, seconds)
     row |= played.metrics(config) | (otherwise.metrics() if config.rollout.alternatives else {}) | scheduled
-    row |= told_apart
+    row |= told_apart | session.remember(played.trajectories + played.discarded)
     if config.evaluation and session.step % config.evaluation.every == 0:
         session.evaluation = evaluate_session(session)
         row |= session.evaluation_row()
     session.adapt(row)
     session.totals["seconds"] += time.perf_counter() - started
     return row
+
+
+def source_play(session: Session, play: Callable[..., list[Trajectory]]) -> Play:
+    """Who plays the step's episodes."""
+    beginning = session.config.rollout.beginning
+    if beginning is None:
+        return partial(play, policy=session.behaviour)
+    left = int(session.at(beginning.left))
+    return partial(play_behind, first=session.beginner, then=session.behaviour, left=left, play=play)
 
 
 def _save_transcript(session: Session) -> None:

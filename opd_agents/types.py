@@ -111,16 +111,30 @@ class Task:
     split: str
 
 
+class KeyStep(StrEnum):
+    """Whose action the student takes in a state in which one was repaired."""
+
+    REPAIR = "repair"
+    OWN = "own"  # the one that was repaired
+    OTHER = "other"
+
+
 @dataclass(frozen=True, slots=True)
 class Branch:
     """Where a trajectory left its parent episode: before turn ``turn`` (0-based). One that was not ``tried``
     ends with what another would have done there, and no environment has seen it; ``better``: than what was
-    done, as is taken for granted of another, or as a judge says."""
+    done, as is taken for granted of another, or as a judge says. ``noise`` is that of its history, the seeds
+    from which the environment's was drawn and the turns from which on; its own seed is that from ``turn``.
+    Of one that the student practises ``key`` says whose action it begins with, and ``worth``, where that was
+    verified, how much more often the student succeeds after it than before it."""
 
     parent: str
     turn: int
     tried: bool = True
     better: bool = True
+    noise: tuple[tuple[int, int], ...] = ()
+    key: KeyStep | None = None
+    worth: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,11 +202,19 @@ class Trajectory:
     exhausted: str | None = None  # of an unfinished one: the budget that ran out, turns, context or actions
     demonstration: bool = False  # played by another for a group of the student's episodes
     stored: bool = False  # played before the run, and read from a file
+    hint: str = ""  # a judge's, see ActionFeedback
     replaced: bool = False  # by a demonstration: it stays on record, and nothing is learned from it
 
     @property
     def success(self) -> bool:
         return self.outcome is Outcome.SUCCESS
+
+    @property
+    def noise(self) -> tuple[tuple[int, int], ...]:
+        """The seeds from which the environment's noise was drawn, each with the turn from which on."""
+        if self.branch is None or not self.branch.tried:
+            return ((0, self.seed),)
+        return (*self.branch.noise, (self.branch.turn, self.seed))
 
     @property
     def cut_off(self) -> bool:
@@ -232,6 +254,7 @@ class ActionFeedback:
     verdict: Verdict | None = None
     replacement: str | None = None
     reason: str = ""
+    hint: str = ""  # what would have helped at the beginning, as one knows after the end
 
 
 @dataclass(frozen=True, slots=True)

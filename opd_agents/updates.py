@@ -94,10 +94,11 @@ def minibatches(session: Session, experience: Experience) -> Iterator[Tensor]:
     random = np.random.Generator(np.random.Philox(key=[config.seed, session.step], counter=[0, 0, 2, 2**63]))
     paired = any(isinstance(component, Preference) for component in config.loss.components.values())
     trajectories = experience.trajectories
-    share = torch.empty(len(trajectories), dtype=torch.int64)
+    share = torch.full((len(trajectories),), -1)
     kinds = [source_of(trajectory) for trajectory in trajectories]
-    together = ("rollout", "demonstration")
-    for sources in (together, ("correction",)) if paired else ((one,) for one in (*together, "correction")):
+    together, repaired = ("rollout", "demonstration"), ("correction", "practice")
+    first = (together,) if paired else ((one,) for one in together)
+    for sources in (*first, *((one,) for one in repaired)):
         mine = [i for i, kind in enumerate(kinds) if kind in sources]
         units: dict[str | int, list[int]] = {}
         for i in mine:
@@ -109,6 +110,7 @@ def minibatches(session: Session, experience: Experience) -> Iterator[Tensor]:
     for i, trajectory in enumerate(trajectories):
         if trajectory.branch is not None and not trajectory.branch.tried:
             share[i] = share[places[trajectory.branch.parent]]
+    assert bool((share >= 0).all())  # every source has been dealt out
     for number in range(updates):
         yield share[experience.packed.episode] == number
 

@@ -21,6 +21,7 @@ from opd_agents.config.weights import (
     ActionAgreement,
     Agreement,
     BeliefRevision,
+    Depth,
     GroupFailed,
     KLCollapse,
     LikelihoodShift,
@@ -159,7 +160,7 @@ def factor(
             values = _of_turns(weight, own)
         case Trust():
             values = _trust(weight, inputs)
-        case WithoutTokens() | Prefix():
+        case WithoutTokens() | Prefix() | Depth():
             values = _of_places(weight, inputs, at)[chosen]
         case VerbalScore():
             values = (own.score >= weight.at_least).float().where(~own.score.isnan(), weight.unjudged)
@@ -255,8 +256,11 @@ def _trust(weight: Trust, inputs: WeightInputs) -> Tensor:
     return (-means / weight.scale).exp()[whole.selected]
 
 
-def _of_places(weight: WithoutTokens | Prefix, inputs: WeightInputs, at: At) -> Tensor:
+def _of_places(weight: WithoutTokens | Prefix | Depth, inputs: WeightInputs, at: At) -> Tensor:
     match weight:
+        case Depth(by_turn=by_turn):
+            place = weights.turn_places(inputs.turn, inputs.episode).clamp(max=len(by_turn) - 1)
+            return torch.tensor(by_turn, dtype=torch.float32)[place.long()]
         case Prefix(tokens=None, turns=turns) if turns is not None:
             return (weights.turn_places(inputs.turn, inputs.episode) + 1 <= at(turns)).float()
         case Prefix(tokens=tokens) if tokens is not None:

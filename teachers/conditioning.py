@@ -123,12 +123,14 @@ class Conditioner:
                     found = _peer(trajectory, others)
                 case "feedback":
                     found = _feedback(trajectory)
+                case "hindsight":
+                    found = trajectory.hint
             if found:
                 return self.settings.template.replace("{context}", found)
         return None
 
     def _live_context(self, env: AgentEnv) -> str | None:
-        """The same of an episode that is being played, of which neither peers nor feedback are known."""
+        """The same of an episode that is being played, of which nothing is known yet."""
         for source in self.settings.sources:
             found = None
             if source == "text":

@@ -141,7 +141,10 @@ def worth(env: AgentEnv, action: str) -> tuple[bool, int]:
 
 
 def verdict(names: Mapping[str, Any], sound: bool) -> dict[str, Any]:
-    said = {"reason": "an oracle's", "score": 9 * sound, "verdict": "skip" if sound else "strong"}
+    said = {
+        "reason": "an oracle's", "hint": "" if sound else "close last", "score": 9 * sound,
+        "verdict": "skip" if sound else "strong",
+    }  # fmt: skip
     return {name: said[name] for name in names if name in said}
 
 

@@ -349,6 +349,10 @@ def test_methods_are_presets_with_papers() -> None:
     for row in rows:
         own = "teacher" in yaml.safe_load(method_text(row["name"]))["config"]
         given = {"teacher": tiny.members(row["config"], "t", "u") if own else {"model": "t"}}
+        if row["config"].get("judge", {}).get("by") == "judge":
+            given["references"] = {
+                "judge": {"kind": "api", "model": "j", "endpoint": {"base_url": "http://j"}}
+            }
         config = load_config(raw(method=row["name"], loss={}) | given)
         assert config.loss.components
         assert len(method_text(row["name"]).splitlines()) <= 30

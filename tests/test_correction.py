@@ -70,8 +70,8 @@ def repair(trajectories, student, teacher, chat, *, turns=None, budget=1e6, sett
     packed, teacher_logprob = doubts(trajectories, turns)
     errors = improbable(trajectories, packed, teacher_logprob, settings.propose.below)
     return correct(
-        errors, settings, stream=stream, token_budget=budget, student=student, teacher=teacher,
-        make=envs.make, chat=chat, limits=LIMIT, temperature=1.0,
+        errors, settings, stream=stream, token_budget=budget, student=student,
+        proposes=teacher, resumes=student, make=envs.make, chat=chat, limits=LIMIT, temperature=1.0,
     )  # fmt: skip
 
 
@@ -125,7 +125,8 @@ def test_a_repair_at_the_earliest_error_is_accepted(failed, desk_chat):
         assert (one.accepted, one.evidence) == (True, Evidence(Arm(3, 3), {"own": Arm(0, 3)}))
         assert one.teacher_action == restore(one.parent, one.turn, envs.make).expert_action()
         branch = one.branch
-        assert branch.success and branch.branch == Branch(one.parent.uid, one.turn) and branch.group == ""
+        assert branch.branch == Branch(one.parent.uid, one.turn, noise=((0, one.parent.seed),))
+        assert branch.success and branch.group == ""
         *inherited, repaired = branch.turns[: one.turn + 1]
         assert [t.weight for t in inherited] == [0.0] * one.turn
         assert [dataclasses.replace(t, weight=1.0) for t in inherited] == list(one.parent.turns[: one.turn])

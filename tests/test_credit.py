@@ -121,7 +121,7 @@ def test_advantages_are_relative_to_the_group():
 def test_branches_failed_environments_and_single_episodes_have_no_part_in_a_group():
     members = [episode("a", "g", 1.0), episode("b", "g", 0.0, outcome=Outcome.UNFINISHED)]
     others = [
-        episode("c", "g", 1.0, branch=Branch("b", 0)),
+        episode("c", "", 1.0, branch=Branch("b", 0)),
         episode("d", "g", 1.0, outcome=Outcome.ERROR),
         episode("e", "", 1.0),
         episode("f", "", 0.0),

@@ -15,7 +15,7 @@ from test_resume import Killed, stop_before
 
 from opd_agents.config import PlugIn, RunConfig
 from opd_agents.errors import ConfigError
-from opd_agents.session import check_inputs
+from opd_agents.starting import check_inputs
 from opd_agents.teachers import Capability
 from opd_agents.teachers.plug_in import make_teacher
 from opd_agents.trainer import train
@@ -27,6 +27,12 @@ RUBRIC = {
 }  # fmt: skip
 HEEDED = {"kind": "ce", "select": {"actor": "student", "source": "rollout"}, "weights": [
     {"kind": "verbal_score", "at_least": 5}, {"kind": "verdict", "skip": 1.0, "strong": 0.1}]}  # fmt: skip
+
+
+OPENCLAW = {
+    "kind": "policy", "select": {"actor": "student", "source": "rollout"},
+    "references": {"teacher": {}}, "rewards": {"verifier": {"baseline": "none", "normalise": "none"}},
+}  # fmt: skip
 
 
 def letters(body: Mapping[str, Any]) -> Any:
@@ -244,3 +250,30 @@ def test_a_student_learns_to_prefer_what_another_does_at_its_states(
                 mine["state_digest"],
             )
             assert all(turn["weight"] == 0 for turn in one["turns"][:-1])
+
+
+def test_what_the_judge_says_in_hindsight_the_student_is_told_as_its_own_teacher(
+    tmp_path: Path, tiny_teacher: Path
+) -> None:
+    """Those of an even number of actions get a hint, and a teacher that differs from the student."""
+
+    def hint(body: Mapping[str, Any]) -> Any:
+        actions = json.loads(body["messages"][-1]["content"])["actions"]
+        return {"reason": "", "hint": "" if len(actions) % 2 else "close_ticket"}
+
+    with ApiServer(judge=hint) as server:
+        endpoint = {"base_url": server.url, "key": None}
+        given = {
+            "references": {"judge": {"kind": "api", "model": "m", "endpoint": endpoint}},
+            "judge": {"by": "judge", "ask": ["hint"], "per": "episode"}, "correction": None,
+            "teacher": {"kind": "self", "weights": "live", "conditioning": {"sources": ["hindsight"]}},
+            "loss": {"components": {"combined": OPENCLAW}},
+        }  # fmt: skip
+        run = train(tiny.mix(tmp_path / "run", tiny_teacher, "trainer.steps=2", **given))
+    for number, row in enumerate(tiny.metrics(run), start=1):
+        assert row["judge/asked"] == 8 and 0 < row["taught/teacher"] < 1
+        for line in lines(run, number):
+            told = bool(len(line["trajectory"]["turns"]) % 2 == 0)
+            assert line["trajectory"]["hint"] == ("close_ticket" if told else "")
+            parts = [credit["advantage"]["combined.teacher"] for credit in line["credit"]]
+            assert any(parts) is told

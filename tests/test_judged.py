@@ -15,7 +15,7 @@ from test_demonstrations import config as shown_config
 from test_redraws import Playing
 
 from opd_agents.batch import pack
-from opd_agents.composition import action_advantages, reward_advantages
+from opd_agents.composition import action_advantages, reward_advantages, scores_of_actions
 from opd_agents.config import RewardPart, Select, load_config
 from opd_agents.config.judge import Judge
 from opd_agents.errors import ConfigError
@@ -76,7 +76,9 @@ def test_actions_are_compared_with_all_those_of_their_group() -> None:
     episodes = [*group(2, 2), *group(1, name="h")]
     given = said(("g0", 0, 9), ("g0", 1, 3), ("g1", 1, 0), ("h0", 0, 9))
     part = RewardPart(verbal="action", normalise="none")
-    found = action_advantages(pack(episodes), episodes, part, Select(), Opinions(given))
+    found = action_advantages(
+        pack(episodes), episodes, part, Select(), scores_of_actions(part, Opinions(given))
+    )
     assert found.tolist() == pytest.approx([5 / 9, -1 / 9, 0.0, -4 / 9, 0.0])
     rubric = component(kind="policy", rewards={"rubric": {"verbal": "action"}}, denominator="turn")
     credits = assigned_to(experience(episodes, given), {"judged": rubric}).credits
@@ -88,7 +90,9 @@ def test_actions_are_compared_with_all_those_of_their_group() -> None:
 def test_without_a_baseline_a_score_is_the_advantage_itself() -> None:
     part = RewardPart(verbal="action", baseline="none", normalise="none")
     alone = dataclasses.replace(group(2)[0], group="")
-    found = action_advantages(pack([alone]), [alone], part, Select(), Opinions(said(("g0", 1, 9))))
+    found = action_advantages(
+        pack([alone]), [alone], part, Select(), scores_of_actions(part, Opinions(said(("g0", 1, 9))))
+    )
     assert found.tolist() == [0.0, 1.0]
 
 

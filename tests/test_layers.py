@@ -26,7 +26,7 @@ LAYERS = (
     ("correction", "judging", "frozen", "weighting", "composition", "credit", "objectives"),
     (
         *("loss", "optimizers", "runs", "tasks", "playing", "progress", "teaching", "references", "student"),
-        *("discriminator", "session"),
+        *("discriminator", "session", "starting", "curriculum"),
         *(
             "step_metrics",
             "experience",
@@ -37,10 +37,14 @@ LAYERS = (
             "evaluation",
             "diagnostics",
         ),
-        *("estimate", "checking"),
+        *("estimate", "checking", "intervals", "questions", "recommending"),
         *("export", "traces"),
     ),
-    ("cli", "cli_files", "cli_sandbox", "terminal", "report", "quickstart", "__main__", "__init__"),
+    (
+        *("cli", "cli_evaluate", "cli_files", "cli_options", "cli_rollout", "cli_sandbox"),
+        *("terminal", "report", "quickstart"),
+        *("explaining", "explained", "__main__", "__init__"),
+    ),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SOURCES = {  # dotted module name -> file; the symlinked folders included
@@ -124,7 +128,8 @@ def decided_on(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 def test_the_engine_decides_on_no_method_name() -> None:
     presets = {path.stem for path in (ROOT / "configs" / "methods").glob("*.yaml")}
-    assert presets
+    assert "score" in presets
+    presets -= {"score"}  # is also what a judge gives
     found = [
         f"{module}:{line} {text!r}"
         for module, tree in TREES.items()

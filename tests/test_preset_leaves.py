@@ -39,13 +39,16 @@ from opd_agents.config import (
 )
 from opd_agents.errors import ConfigError
 from opd_agents.experience import Experience, score, with_likeness
-from opd_agents.judging import Judged, judge_episodes
+from opd_agents.judging import Judged, judge_corrections, judge_episodes
 from opd_agents.playing import play_step
+from opd_agents.repairing import with_repairs
 from opd_agents.rollout import rollout
 from opd_agents.runs import RunFolder
-from opd_agents.session import Session, load_session
+from opd_agents.session import Session
+from opd_agents.starting import load_session
 from opd_agents.teaching import settings_of
-from opd_agents.types import Trajectory
+from opd_agents.trainer import source_play
+from opd_agents.types import Actor, Trajectory
 
 Place = tuple[str | int, ...]
 
@@ -56,6 +59,9 @@ SMALL: dict[Place, Any] = {  # numbers of the presets that a run of two short tu
     ("rollout", "max_action_tokens", "end"): 12,
     ("rollout", "max_turns", "end"): 2.6,
     ("rollout", "alternatives", "states"): 16,
+    ("rollout", "beginning", "left", "end"): 2.6,
+    ("correction", "practice"): 3,
+    ("correction", "token_share"): 0.8,
     ("teacher", "every"): 1,
     ("teacher", "debate", "max_tokens"): 4,
 }
@@ -63,9 +69,16 @@ SMALL: dict[Place, Any] = {  # numbers of the presets that a run of two short tu
 BOUND = {
     *("source", "actor", "kind", "weights", "sources", "reference", "trrd_reference", "both_kl_legs"),
     *("divergence", "tail", "ratio", "mismatch", "clip_low", "clip_high", "denominator", "form", "when"),
-    "discriminator",
+    *("discriminator", "audit", "per", "by", "where", "resumes", "rollouts", "baseline", "normalise"),
 }
+# What only a task with two errors in an episode, more tokens than are repaired here, a student that sometimes
+# does what the repair does, or a judge that is a model would show: tried in tests/test_practice.py,
+# test_correction.py, test_judge_runs.py and, as a preset that is another's twin, test_presets_corrections.py.
+ELSEWHERE: set[Place] = {("correction", key) for key in ("repairs", "prefix_weight", "token_share")}
+ELSEWHERE |= {("loss", "components", "rl", "rewards", "key_step", "normalise"), ("judge", "by")}
+TWIN = "student_retry"
 LONGER = ("turn_divergence", "belief_revision")  # weights to which two turns are like any other two
+EASILY = {"verify": {"rollouts": [2], "rivals": ["own"], "accept": 0.6}, "audit": None}
 STEPS = 10  # of which three are over: a third of the way, where a line and a cosine are apart
 WORD = "yes"  # one token of the student's
 
@@ -99,7 +112,13 @@ def changed(own: dict[str, Any], place: Place, value: Any) -> dict[str, Any]:
     return result
 
 
-LEAVES = [(row["name"], place) for row in list_methods() for place, _ in leaves(shipped(row["name"]))]
+LEAVES = [
+    (row["name"], place)
+    for row in list_methods()
+    if row["name"] != TWIN
+    for place, _ in leaves(shipped(row["name"]))
+    if place not in ELSEWHERE
+]
 
 
 # ---- other values ----
@@ -170,7 +189,7 @@ KINDS = [kinds_of(union) for union in (Component, Weight, Schedule)]
 class Seen(NamedTuple):
     """What a run has played, and on it the loss and the gradient at two places of the run."""
 
-    actions: list[tuple[int, ...]]
+    actions: list[tuple[Actor, tuple[int, ...]]]
     losses: list[float]
     gradients: list[torch.Tensor]
 
@@ -190,6 +209,11 @@ class Run:
             raw["environments"] = [{"id": "tiny/Parity-v0", "options": {"wanted": 3}}]
         raw["student"] = {"build": tiny.BUILD | {"tokenizer": str(self.teacher)}}
         raw["trainer"] |= {"steps": STEPS, "learning_rate": 0.1, "optimizer": "adamw"}
+        if "correction" in own:
+            raw["correction"] = EASILY | own["correction"]
+        if own.get("judge", {}).get("by") == "judge":
+            endpoint = {"base_url": "http://127.0.0.1:9/v1", "key": None}
+            raw["references"] = {"judge": {"kind": "api", "model": "none", "endpoint": endpoint}}
         if "teacher" in own:
             raw["teacher"] = merge(own["teacher"], tiny.members(own, *[str(self.teacher)] * 2))
         return load_config({"teacher": {"model": str(self.teacher)}} | raw)
@@ -205,7 +229,7 @@ class Run:
             session.advance(0, 0)
         play = partial(rollout, make=envs.make, chat=session.chat, limits=session.limits, temperature=1.0)
         played = play_step(
-            config, session.step, session.task_counts, partial(play, policy=session.behaviour),
+            config, session.step, session.task_counts, source_play(session, play),
             partial(play, policy=session.demonstrator), judge=partial(judged, config),
         )  # fmt: skip
         if session.discriminator is not None:  # one that has an opinion
@@ -214,7 +238,8 @@ class Run:
         agreement = {place: n % 3 / 2 for n, place in enumerate(otherwise.agreement)}  # noise agrees nowhere
         trajectories = [*played.trajectories, *otherwise.trajectories]
         scored = score(session, trajectories, played.judged.feedback, agreement)
-        experience = with_likeness(session, scored)
+        session.judge_errors = partial(mended, config)  # type: ignore[method-assign]
+        experience = with_likeness(session, with_repairs(session, scored))
         packed = experience.packed  # recorded log-probs as of a sampler that rounds, and of weights long past
         noise = torch.randn(len(packed.behaviour), generator=random)
         packed = dataclasses.replace(packed, behaviour=(packed.behaviour + noise).clamp(max=0.0))
@@ -232,7 +257,7 @@ class Run:
             )
             for progress in (session.progress, 0.9)
         ]
-        actions = [turn.action_ids for t in experience.trajectories for turn in t.turns]
+        actions = [(turn.actor, turn.action_ids) for t in experience.trajectories for turn in t.turns]
         return Seen(actions, [loss for loss, _ in at], [gradient for _, gradient in at])
 
 
@@ -245,12 +270,24 @@ def judged(config: RunConfig, trajectories: Sequence[Trajectory]) -> Judged:
         def said(text: str) -> dict[str, Any]:
             size = len(text) + len(settings.ask)  # who is asked for more may answer otherwise
             given = {"score": size % 10, "verdict": ("skip", "weak", "strong")[size % 3]}
+            given["hint"] = " ".join([WORD] * (size % 3))
             return {"reason": ""} | {key: given[key] for key in settings.ask}
 
         items = [{"number": one["number"]} | said(one["action"]) for one in episode["actions"]]
         return said(str(episode)) | {"actions": items}
 
     return judge_episodes(Answers(answer), settings, trajectories, lambda one: (), (0, 3))
+
+
+def mended(config: RunConfig, failed: Sequence[Trajectory]) -> Judged:
+    """By a judge who finds the first answer wrong, and knows a better one by the letters of all."""
+    assert config.judge is not None
+
+    def answer(episode: dict[str, Any]) -> Any:
+        size = len(str(episode)) + len(config.judge.ask if config.judge else ())
+        return {"number": 1, "reason": "", "replacement": ("Say.", "Say", "Say.Say.")[size % 3]}
+
+    return judge_corrections(Answers(answer), config.judge, failed, lambda one: ())
 
 
 def without_loss(own: dict[str, Any]) -> dict[str, Any]:

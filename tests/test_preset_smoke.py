@@ -28,17 +28,20 @@ from opd_agents.config import (
 from opd_agents.experience import Assigned, Experience, credit, score, with_likeness
 from opd_agents.frozen import FrozenTerms, frozen_terms
 from opd_agents.playing import play_step
+from opd_agents.repairing import with_repairs
 from opd_agents.rollout import rollout
 from opd_agents.runs import RunFolder
-from opd_agents.session import Session, load_session
+from opd_agents.session import Session
+from opd_agents.starting import load_session
 from opd_agents.step_metrics import step_metrics
+from opd_agents.trainer import source_play
 from opd_agents.updates import update
 
 METHODS = [row["name"] for row in list_methods()]
 STUDENT, TEACHER = (str(EXPERIMENTS.joinpath(f"orderdesk_{name}")) for name in ("student", "teacher"))
 
 
-def started(method: str, folder: Path) -> Session:
+def started(method: str, folder: Path, **correction: Any) -> Session:
     """A run of this method, small in all that is not the method's."""
     own = yaml.safe_load(method_text(method))["config"]
     raw: dict[str, Any] = {
@@ -56,7 +59,16 @@ def started(method: str, folder: Path) -> Session:
     }
     if "max_turns" in own["rollout"]:  # of a first turn this student has little to learn
         raw["rollout"]["max_turns"] = {"start": 4}
+    if "beginning" in own["rollout"]:
+        raw["rollout"]["beginning"] = {"left": {"start": 4}}
+    if own.get("judge", {}).get("by") == "judge":  # who is not asked here
+        endpoint = {"base_url": "http://127.0.0.1:9/v1", "key": None}
+        raw["references"] = {"judge": {"kind": "api", "model": "none", "endpoint": endpoint}}
     raw["teacher"] = {"model": TEACHER}
+    if "correction" in own:  # by whom a white-box teacher can do without an endpoint, and few of them
+        by = {"propose": {"by": "teacher", "where": "disagreed"}} if "judge" in own else {}
+        raw["correction"] = {"episodes_per_step": 4, "token_share": 0.9, **by, **correction}
+        raw |= {"judge": None} if by else {}
     if "teacher" in own:
         raw["teacher"] = tiny.members(own, TEACHER, STUDENT, max_tokens=8)
     return load_session(load_config(raw), RunFolder(folder, {}, resume=False))
@@ -65,10 +77,10 @@ def started(method: str, folder: Path) -> Session:
 def played(session: Session) -> Experience:
     play = partial(rollout, make=envs.make, chat=session.chat, limits=session.limits, temperature=1.0)
     episodes = play_step(
-        session.config, session.step, session.task_counts, partial(play, policy=session.behaviour),
+        session.config, session.step, session.task_counts, source_play(session, play),
         partial(play, policy=session.demonstrator),
     )  # fmt: skip
-    return with_likeness(session, score(session, episodes.trajectories))
+    return with_likeness(session, with_repairs(session, score(session, episodes.trajectories)))
 
 
 def told(session: Session, experience: Experience) -> FrozenTerms:

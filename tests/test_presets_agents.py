@@ -4,6 +4,7 @@ papers, written out in float64; what each becomes at its ends; and whose horizon
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,17 +17,22 @@ import tiny
 import torch
 from engine import T, assert_same, component, config_of, engine, log_probs, preset
 from rewarded import Rewarded, Seen, mean, surrogate, turns_of_both
-from rolling import LIMITS, desk_episodes, rolled, sampler
+from rolling import LIMITS, Scripted, desk_episodes, rolled, sampler
 from torch import Tensor
 
 from opd_agents import envs
 from opd_agents.config import load_config
+from opd_agents.episode import Episode
+from opd_agents.playing import play_behind
+from opd_agents.policies import ExpertPolicy, Policy
 from opd_agents.rollout import rollout
 from opd_agents.runs import RunFolder
 from opd_agents.schedules import Clock, value_at
-from opd_agents.session import load_session
+from opd_agents.starting import load_session
+from opd_agents.trainer import train
 from opd_agents.types import Actor, Branch, Outcome, Trajectory
 
+CLOSE = '{"name":"close_ticket","arguments":{}}'
 Parts = Callable[[Rewarded, Seen], Tensor]
 
 
@@ -253,6 +259,44 @@ def test_tcods_horizon_grows(tmp_path: Path, tiny_teacher: Path) -> None:
         )  # fmt: skip
         seen.append((session.limits.max_turns, max(len(t.turns) for t in trajectories)))
     assert seen == [(1, 1)] * 3 + [(2, 2)] * 5
+
+
+def test_the_expert_plays_all_but_the_turns_that_are_left(desk_chat: Any) -> None:
+    expert, student = ExpertPolicy(), Scripted(lambda history: CLOSE)
+    episodes = desk_episodes(6, group_size=3, timeout_rate=0.0)
+
+    def play(episodes: Sequence[Episode], policy: Policy) -> list[Trajectory]:
+        return rolled(episodes, policy)
+
+    alone = play(episodes, policy=expert)
+    for left in (1, 2, 3):
+        for one, whole in zip(
+            play_behind(episodes, expert, student, left=left, play=play), alone, strict=True
+        ):
+            begun = len(whole.turns) - left
+            assert [t.actor for t in one.turns] == [Actor.EXPERT] * begun + [Actor.STUDENT]
+            assert [t.action for t in one.turns[:begun]] == [t.action for t in whole.turns[:begun]]
+            assert (one.uid, one.group, one.success) == (whole.uid, whole.group, left == 1)  # it closes, too
+    everything: list[Trajectory] = play_behind(episodes, expert, student, left=99, play=play)
+    assert everything == play(episodes, policy=student)
+    hopeless = Scripted(lambda history: CLOSE, Actor.TEACHER)
+    assert (
+        play_behind(episodes, hopeless, expert, left=1, play=play) == alone
+    )  # who fails alone begins nothing
+
+
+def test_behind_a_beginning_the_students_turns_alone_are_learned_from(
+    tmp_path: Path, tiny_teacher: Path
+) -> None:
+    raw = tiny.sft(tmp_path / "run", method="tcod_backward", teacher={"model": str(tiny_teacher)})
+    raw["student"] = {"build": tiny.BUILD | {"tokenizer": str(tiny_teacher)}}
+    raw["rollout"] = {"episodes_per_step": 4, "beginning": {"left": {"end": 1}}} | tiny.LIMITS
+    config = load_config(raw | {"trainer": {"steps": 1}})
+    assert config.loss.components["distill"].select.actor is Actor.STUDENT
+    run = train(config, probes=False)
+    for line in map(json.loads, (run / "trajectories" / "step-000001.jsonl").read_text().splitlines()):
+        actors = [turn["actor"] for turn in line["trajectory"]["turns"]]
+        assert actors[-1] == "student" and "expert" in actors[:-1]
 
 
 def desk_like(step: int) -> list[Any]:

@@ -42,6 +42,7 @@ EVERY_KIND: list[dict[str, Any]] = [
     {"kind": "without_tokens", "tokens": ["end", "seven"], "first_only": True},
     {"kind": "prefix", "tokens": 2},
     {"kind": "prefix", "turns": 1},
+    {"kind": "depth", "by_turn": [1.0, 0.5]},
     {"kind": "sigmoid"},
     {"kind": "likelihood_shift"},
     {"kind": "belief_revision"},
@@ -208,6 +209,11 @@ def test_without_tokens_counts_firsts_over_the_whole_episode() -> None:
         of({"kind": "without_tokens", "tokens": ["eight"]})
 
 
+def test_trust_by_depth_holds_on_at_its_last_value() -> None:
+    assert_factor({"kind": "depth", "by_turn": [1.0, 0.5, 0.25]}, [1, 1, 0.5, 1, 1, 0.5, 0.25, 1, 1])
+    assert_factor({"kind": "depth", "by_turn": [1.0, 0.5]}, [1, 1, 0.5, 1, 1, 0.5, 0.5, 1, 1])
+
+
 def test_prefix_of_tokens_or_turns_of_the_episode() -> None:
     assert_factor({"kind": "prefix", "tokens": 2}, [1, 1, 0, 1, 1, 0, 0, 1, 1])
     assert_factor({"kind": "prefix", "turns": 2}, [1, 1, 1, 1, 1, 1, 0, 1, 1])
@@ -296,7 +302,7 @@ def test_an_unknown_reference_is_refused() -> None:
 
 def reads_the_reference(fields: dict[str, Any]) -> bool:
     """All but the kinds by outcome, judge, place and token, the student's own terms and the rank."""
-    others = {"outcome", "group_failed", "pass_rate", "without_tokens", "prefix", "accepted"}
+    others = {"outcome", "group_failed", "pass_rate", "without_tokens", "prefix", "depth", "accepted"}
     others |= {"verbal_score", "verdict", "agreement"}
     own = fields.get("score") == "entropy" or (fields["kind"] == "perplexity" and "of" not in fields)
     return fields["kind"] not in others and not own

@@ -1,6 +1,7 @@
 """The typed configuration of a run: YAML in, frozen pydantic models out, unknown keys refused."""
 
 from opd_agents.config.base import Adaptive, Schedule, Scheduled, Section, SignedScheduled
+from opd_agents.config.correction import Correction
 from opd_agents.config.endpoint import Endpoint
 from opd_agents.config.loading import (
     EXPERIMENTS,
@@ -26,16 +27,18 @@ from opd_agents.config.methods import list_methods, method_text
 from opd_agents.config.needs import Need, reference_needs, reference_top_k
 from opd_agents.config.run import RunConfig
 from opd_agents.config.sections import (
+    EVALUATION_METRICS,
     ChatSettings,
-    Correction,
+    Curriculum,
     Demonstrations,
     EnvironmentSource,
     Lora,
     Recorded,
     Student,
     Trajectories,
+    Until,
 )
-from opd_agents.config.serving import Server, VllmSampling
+from opd_agents.config.serving import Engine, Server, VllmSampling
 from opd_agents.config.teachers import (
     Api,
     Cached,
@@ -44,6 +47,7 @@ from opd_agents.config.teachers import (
     Ensemble,
     Local,
     PlugIn,
+    Quantisation,
     Self,
     Single,
     Teacher,
@@ -55,6 +59,7 @@ from opd_agents.config.teachers import (
 from opd_agents.config.weights import Weight
 
 __all__ = [
+    "EVALUATION_METRICS",
     "EXPERIMENTS",
     "Adaptive",
     "Api",
@@ -64,10 +69,12 @@ __all__ = [
     "Conditioning",
     "Correction",
     "CrossEntropy",
+    "Curriculum",
     "Debate",
     "Demonstrations",
     "Distill",
     "Endpoint",
+    "Engine",
     "Ensemble",
     "Entropy",
     "EnvironmentSource",
@@ -78,6 +85,7 @@ __all__ = [
     "PlugIn",
     "Policy",
     "Preference",
+    "Quantisation",
     "Recorded",
     "ReferencePart",
     "RewardPart",
@@ -93,6 +101,7 @@ __all__ = [
     "Student",
     "Teacher",
     "Trajectories",
+    "Until",
     "Vllm",
     "VllmSampling",
     "Weight",

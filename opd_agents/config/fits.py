@@ -5,8 +5,8 @@ from __future__ import annotations
 from opd_agents.config.base import always_zero
 from opd_agents.config.fits_teachers import check_teachers
 from opd_agents.config.loss import Component, Distill, Policy, Preference
-from opd_agents.config.needs import selects_of, weights_of
-from opd_agents.config.sections import Recorded, Trajectories
+from opd_agents.config.needs import reward_parts, selects_of, weights_of
+from opd_agents.config.sections import EVALUATION_METRICS, Recorded, Trajectories
 from opd_agents.config.stage import Stage
 from opd_agents.config.teachers import Api
 from opd_agents.config.weights import ActionAgreement, GroupFailed, PassRate, Perplexity
@@ -39,6 +39,9 @@ def check_stage(config: Stage) -> None:
     _estimates_fit(config)
     _groups_fit(config)
     _alternatives_fit(config)
+    _correction_fits(config)
+    _curriculum_fits(config)
+    _ends_are_measured(config)
 
 
 def _always_zero(component: Component) -> bool:
@@ -65,6 +68,11 @@ def _sources_fit(config: Stage) -> None:
                 "a `policy` component needs rollout.source: student (recordings have no log-probs); where"
                 " others act too it needs `select: {actor: student}`, or `ratio: shaped` for their tokens"
             )
+    if rollout.beginning and (rollout.source != "student" or rollout.teacher_share):
+        raise ValueError(
+            "rollout.beginning is somebody's before the student's turns: take rollout.source: student,"
+            " without rollout.teacher_share"
+        )
     if recorded:
         _recordings_fit(config)
     if isinstance(rollout.source, Trajectories):
@@ -113,8 +121,9 @@ def _selects_fit(config: Stage) -> None:
         actors.add(rollout.alternatives.actor)
         sources.add("alternative")
     if config.correction is not None:
-        actors |= {"student", "expert" if config.correction.propose.by == "expert" else "teacher"}
-        sources.add("correction")
+        proposer = config.correction.propose.by
+        actors |= {"student", "teacher" if proposer == "judge" else proposer, config.correction.resumes}
+        sources |= {"correction", "practice"} if config.correction.practice else {"correction"}
     for name, component in config.loss.components.items():
         for select in selects_of(component):
             for key, chosen, known in (("actor", select.actor, actors), ("source", select.source, sources)):
@@ -147,7 +156,8 @@ def _groups_fit(config: Stage) -> None:
     parts = [part for component in policies for part in component.rewards.values()]
     compared = any(part.baseline != "none" for part in parts)
     extra = rollout.demonstrations
-    if compared and rollout.group_size < 2 and not (extra and extra.when == "always"):
+    practises = config.correction is not None and config.correction.practice is not None
+    if compared and rollout.group_size < 2 and not (practises or (extra and extra.when == "always")):
         raise ValueError("a `policy` component compares episodes: rollout.group_size must be >= 2")
     grouped = (GroupFailed, PassRate, Perplexity)
     alone = rollout.group_size < 2 or not rollout.actors
@@ -203,4 +213,60 @@ def _alternatives_fit(config: Stage) -> None:
             raise ValueError(
                 f"loss.components.{seen[0]}: source `alternative` has actions that the judge finds worse,"
                 " too: leave it to a `preference`, or leave out rollout.alternatives.preferred_by"
+            )
+
+
+def _correction_fits(config: Stage) -> None:
+    correction, components = config.correction, config.loss.components
+    practises = correction is not None and correction.practice is not None
+    for name, part in reward_parts(components):
+        if part.key_step and not practises:
+            raise ValueError(
+                f"{name}.key_step is of the rollouts from states before accepted repairs: say how many, such"
+                " as `correction: {practice: 8}`"
+            )
+        if part.key_step == "value" and correction and correction.resumes == "teacher":
+            raise ValueError(
+                f"{name}.key_step: value is the student's success after the repair, but correction.resumes:"
+                " teacher; take `match`, or let the student resume"
+            )
+    if correction is not None and correction.kept:
+        for name, component in components.items():
+            if isinstance(component, Policy) and component.mismatch:
+                raise ValueError(
+                    f"loss.components.{name}.mismatch compares the sampler with the trainer at the weights"
+                    " that sampled, which correction.kept has outlived; leave one of the two out"
+                )
+    sources = {select.source for one in components.values() for select in selects_of(one)}
+    if practises and not sources & {None, "practice"}:
+        raise ValueError(
+            "correction.practice: no loss component learns from these rollouts; select `source: practice`, or"
+            " leave out `select.source`"
+        )
+
+
+def _curriculum_fits(config: Stage) -> None:
+    rollout, settings = config.rollout, config.rollout.curriculum
+    if settings is None:
+        return
+    if rollout.actors != {"student"} or rollout.teacher_share:
+        raise ValueError(
+            "rollout.curriculum goes by what the student can do alone: it needs rollout.source: student, and"
+            " neither rollout.teacher_share nor rollout.beginning"
+        )
+    if settings.next_level is not None and len(config.environments) < 2:
+        raise ValueError(
+            "rollout.curriculum.next_level: the `environments` are the levels, from the easiest on, and there"
+            " is only one; give more, such as the same id with other `options`"
+        )
+
+
+def _ends_are_measured(config: Stage) -> None:
+    for one in config.trainer.until:
+        if one.metric.startswith("eval/") and (
+            config.evaluation is None or one.metric not in EVALUATION_METRICS
+        ):
+            raise ValueError(
+                f"trainer.until: {one.metric} is never measured: a section `evaluation` gives"
+                f" {', '.join(EVALUATION_METRICS)}"
             )

@@ -49,7 +49,7 @@ class Select(Section):
     only where ``source`` names them."""
 
     actor: Actor | None = None
-    source: Literal["rollout", "correction", "demonstration", "alternative"] | None = None
+    source: Literal["rollout", "correction", "practice", "demonstration", "alternative"] | None = None
     outcome: Outcome | list[Outcome] | None = None
     spans: list[SpanKind] | None = None
 
@@ -196,11 +196,24 @@ class RewardPart(Section):
     ``discriminator``'s of the episode. ``verbal: episode`` gives all of an episode its score, or the mean of
     those of its actions; ``verbal: action`` compares all actions of a group, each by its own. What has no
     score has no advantage.
+
+    ``key_step`` is of `correction.practice` (SCoRe, arXiv 2509.14257), whose episodes begin where an action
+    was repaired: what the student does there is the key step, and it does what the repair does, what it did
+    before, or something else; as text, or by the same answer and the same state after it.
+
+    - ``published``: the reward of an episode is 1 where it succeeds, else 0 where it does not come to an end
+      or ends with the key step, else .5, 0 and .1 of a key step that is the repair, the old action, another;
+      that of an episode from a task's beginning is 1 or 0.
+    - ``match``: of the key step alone, .5 where it is the repair and else 0, whether or not the episode comes
+      to an end.
+    - ``value``: of the key step alone, how much more often the student succeeds after it than before it, by
+      the rollouts that verified the repair; unknown, and so of no advantage, of another action.
     """
 
     reward: PlugIn | None = None  # instead of the environment's
     verbal: Literal["episode", "action"] | None = None  # the judge's instead of the environment's
     discriminator: bool = False  # how much like the teacher's the section `discriminator` finds the episode
+    key_step: Literal["published", "match", "value"] | None = None
     coef: SignedScheduled = 1.0
     baseline: Literal["group", "leave_one_out", "none"] = "group"
     normalise: Literal["std", "batch_std", "none"] = "std"
@@ -214,9 +227,16 @@ class RewardPart(Section):
                 "`normalise` divides by the spread of rewards, which is 0 where they agree: with `baseline:"
                 " none` say `normalise: none`"
             )
-        if (self.reward is not None) + (self.verbal is not None) + self.discriminator > 1:
+        own = (
+            self.reward is not None,
+            self.verbal is not None,
+            self.discriminator,
+            self.key_step is not None,
+        )
+        if sum(own) > 1:
             raise ValueError(
-                "`reward`, `verbal` and `discriminator` are rewards of their own: give each a part of its own"
+                "`reward`, `verbal`, `discriminator` and `key_step` are rewards of their own: give each a"
+                " part of its own"
             )
         if self.discriminator and self.baseline == "none":
             raise ValueError(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pydantic import Field
 
 from opd_agents.config.base import Section
+from opd_agents.config.correction import Correction
 from opd_agents.config.judge import Judge
 from opd_agents.config.loss import Loss
 from opd_agents.config.sections import (
     ChatSettings,
-    Correction,
     Discriminator,
     EnvironmentSource,
     EvaluationSettings,

@@ -100,6 +100,14 @@ class Prefix(Section):
         return self
 
 
+class Depth(Section):
+    """``by_turn[k]`` on the k-th action (from 0) of an episode, the last of them on all later ones: how far a
+    teacher is to be trusted at this depth, such as how often it succeeds from the student's states there."""
+
+    kind: Literal["depth"]
+    by_turn: list[Annotated[float, Field(ge=0)]] = Field(min_length=1)
+
+
 class Agreement(Section):
     """sigmoid(slope d) of the sampled token's d = log p - log q (SDAR, arXiv 2605.15155)."""
 
@@ -216,6 +224,7 @@ Weight: TypeAlias = Annotated[
     | Accepted
     | WithoutTokens
     | Prefix
+    | Depth
     | Agreement
     | LikelihoodShift
     | BeliefRevision

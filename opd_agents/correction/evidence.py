@@ -33,7 +33,8 @@ class Arm:
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """Rollouts after the ``repair``, and of each of its rivals: after the student's ``own`` action, and of a
-    ``retry`` of its own from the same state."""
+    ``retry`` of its own from the same state. Where there is no rival one success is proof enough, as in
+    SCoRe (arXiv 2509.14257)."""
 
     repair: Arm
     rivals: Mapping[str, Arm]
@@ -46,6 +47,8 @@ class Evidence:
     @property
     def better(self) -> float:
         """The least probability with which the repair succeeds more often than a rival."""
+        if not self.rivals:
+            return float(self.repair.wins > 0)
         return min(probability_better(self.repair, rival) for rival in self.rivals.values())
 
     @property
@@ -62,6 +65,8 @@ def probability_better(one: Arm, other: Arm) -> float:
     With p ~ Beta(a, b), a an integer, it is the sum over i < a of
     B(c + i, b + d) / ((b + i) B(1 + i, b) B(c, d)), q ~ Beta(c, d).
     """
+    if one == other:  # to the last digit: whether to look again hangs on it
+        return 0.5
     a, b = 1 + one.wins, 1 + one.played - one.wins
     c, d = 1 + other.wins, 1 + other.played - other.wins
     terms = (_log_beta(c + i, b + d) - _log_beta(1 + i, b) - _log_beta(c, d) for i in range(a))
@@ -69,11 +74,12 @@ def probability_better(one: Arm, other: Arm) -> float:
 
 
 def decide(evidence: Evidence, *, accept: float, stop: float, last: bool) -> Verdict:
-    """Accepted at a probability of ``accept``; rejected below ``stop``, and where a ``last`` look leaves it
-    open."""
+    """Accepted at a probability of ``accept``; rejected below ``stop``, where not one rollout after it has
+    succeeded, and where a ``last`` look leaves it open."""
     if (better := evidence.better) >= accept:
         return "accepted"
-    return "rejected" if last or better < stop else "open"
+    hopeless = better < stop or evidence.repair.wins == 0
+    return "rejected" if last or hopeless else "open"
 
 
 def false_verdicts(audited: Sequence[tuple[bool, Evidence]]) -> tuple[int, int]:

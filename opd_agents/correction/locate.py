@@ -12,20 +12,14 @@ from torch import Tensor
 
 from opd_agents.batch import Packed
 from opd_agents.correction.evidence import Arm
-from opd_agents.correction.states import Acted, Place
+from opd_agents.correction.states import Acted, Place, first_turn, may_be_repaired
 from opd_agents.correction.verify import Play, branched, generated
 from opd_agents.envs import Snapshot
 from opd_agents.policies.base import Policy
-from opd_agents.types import Branch, Outcome, Trajectory
+from opd_agents.types import Trajectory
 
 FIRST_LOCATING = 2**24  # stream numbers of the rollouts and the draws that locate errors
 MOST = 4096  # episodes of a step; keeps the streams of turns apart
-
-
-def may_be_repaired(trajectory: Trajectory) -> bool:
-    """A failed episode of the rollout."""
-    played = not (trajectory.recorded or trajectory.demonstration or trajectory.branch)
-    return trajectory.outcome in (Outcome.FAILURE, Outcome.UNFINISHED) and played
 
 
 def improbable(
@@ -47,7 +41,8 @@ def divergent(trajectories: Sequence[Trajectory], packed: Packed, gap: Tensor, a
 def _first(trajectories: Sequence[Trajectory], packed: Packed, wrong: Tensor) -> list[Place]:
     found: dict[int, int] = {}
     for (episode, turn), is_wrong in zip(packed.turns, wrong.tolist(), strict=True):
-        if is_wrong and may_be_repaired(trajectories[episode]):
+        one = trajectories[episode]
+        if is_wrong and may_be_repaired(one) and turn >= first_turn(one):
             found.setdefault(episode, turn)
     return [(trajectories[episode], turn) for episode, turn in sorted(found.items())]
 
@@ -68,10 +63,12 @@ def disagreed(
     may cost; a turn that it has no answer for is passed over.
     """
     found: dict[int, int] = {}
-    left, turn = dict(failed), 0
-    while left := {n: one for n, one in left.items() if n not in found and turn < len(one.turns)}:
-        places = [(one, turn) for one in left.values()]
-        first = FIRST_LOCATING + turn * MOST * samples
+    left, passed = dict(failed), 0
+    while left := {
+        n: one for n, one in left.items() if n not in found and first_turn(one) + passed < len(one.turns)
+    }:
+        places = [(one, first_turn(one) + passed) for one in left.values()]
+        first = FIRST_LOCATING + passed * MOST * samples
         asked = [
             act(
                 places, policy, Acted.changes_nothing,
@@ -79,11 +76,11 @@ def disagreed(
             )
             for draw in range(samples)
         ]  # fmt: skip
-        for number, answers in zip(left, zip(*asked, strict=True), strict=True):
+        for number, (_, turn), answers in zip(left, places, zip(*asked, strict=True), strict=True):
             said = [answer for answer in answers if answer is not None]
             if said and not any(said):
                 found[number] = turn
-        turn += 1
+        passed += 1
     return found
 
 
@@ -117,14 +114,16 @@ def dropped(
             for trial in range(rollouts)
         ]  # fmt: skip
         played = play(episodes) if episodes else []
-        arms: dict[Branch | None, list[Trajectory]] = {}
+        arms: dict[tuple[str, int], list[Trajectory]] = {}
         for one in played:
-            arms.setdefault(one.branch, []).append(one)
+            if one.branch:
+                arms.setdefault((one.branch.parent, one.branch.turn), []).append(one)
         tokens += sum(generated(one.turns[one.branch.turn :]) for one in played if one.branch)
-        return {n: Arm.of(arms.get(Branch(failed[n].uid, k), ())).share or 0.0 for n, k in turns.items()}
+        return {n: Arm.of(arms.get((failed[n].uid, k), ())).share or 0.0 for n, k in turns.items()}
 
-    start = shares(dict.fromkeys(failed, 0)) if failed else {}
-    ends = {n: (0, len(failed[n].turns)) for n, share in start.items() if share}  # well before the first
+    first = {n: first_turn(one) for n, one in failed.items() if first_turn(one) < len(one.turns)}
+    start = shares(first) if first else {}
+    ends = {n: (first[n], len(failed[n].turns)) for n, share in start.items() if share}  # well before it
     while turns := {n: (low + high) // 2 for n, (low, high) in ends.items() if high - low > 1}:
         for number, share in shares(turns).items():
             low, high = ends[number]

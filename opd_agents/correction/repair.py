@@ -3,8 +3,8 @@
 For a failed episode the earliest action that the teacher finds improbable is proposed, or the one that a
 judge names. The environment is restored to the state before it (replayed and checked by digest, so the error
 has not happened yet); what the teacher does there, or the judge proposes, replaces that one action, executed
-for real; the student resumes. The repair is accepted on the evidence of fresh student rollouts alone (see
-`verify`): neither the failed episode nor what proposed the repair counts.
+for real; the student resumes. The repair is accepted on the evidence of fresh rollouts alone (see `verify`):
+neither the failed episode nor what proposed the repair counts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import numpy as np
 from opd_agents.chat import Chat
 from opd_agents.config import Correction
 from opd_agents.correction.states import Acted, Place, act_at
-from opd_agents.correction.verify import Proposal, Repair, generated, verify
+from opd_agents.correction.thought import Reasoning, with_reasoning
+from opd_agents.correction.verify import Plays, Proposal, Repair, generated, verify
 from opd_agents.distributed import ALONE, World
 from opd_agents.envs import AgentEnv
 from opd_agents.episode import Limits
@@ -29,7 +30,7 @@ from opd_agents.rollout import rollout
 from opd_agents.teachers.api import Writable
 from opd_agents.types import Actor, StopReason, Trajectory
 
-FIRST_CONTROL = 2**23  # stream numbers of the draws of random actions
+FIRST_PROPOSAL = 2**23  # stream numbers of the draws of proposed actions
 
 
 def correct(
@@ -39,40 +40,47 @@ def correct(
     stream: tuple[int, int],
     token_budget: float,
     student: Policy,
-    teacher: Policy,
+    proposes: Policy,
+    resumes: Policy,
     make: Callable[..., AgentEnv],
     chat: Chat,
     limits: Limits,
     temperature: float,
     world: World = ALONE,
+    again: int = 0,
 ) -> list[Repair]:
     """Repairs of up to ``settings.episodes_per_step`` of the ``errors``, as many as ``token_budget``
     generated tokens are likely to bring through the first look.
 
-    ``stream`` is (seed, step). Repairs that change nothing are dropped. Of several processes each proposes
-    and verifies its share, and all get all repairs.
+    One ``proposes`` an action, after which another ``resumes``. ``stream`` is (seed, step), ``again`` how
+    often it was called in this step before. Repairs that change nothing are dropped. Of several processes
+    each proposes and verifies its share, and all get all repairs.
     """
-    chosen = _chosen(errors, settings, stream, token_budget)
+    chosen = _chosen(errors, settings, stream, token_budget, again)
+    first = again * settings.episodes_per_step
     live: dict[int, Proposal] = {}  # this process's: an environment stays where it was made
 
     def propose(places: Sequence[int]) -> list[bool]:
         at = partial(act_at, make=make, chat=chat, limits=limits)
-        for control, policy in ((False, teacher), (True, Writable(RandomPolicy(), chat))):
+        for control, policy in ((False, proposes), (True, Writable(RandomPolicy(), chat))):
             mine = [place for place in places if chosen[place].control is control]
-            streams = [(*stream, FIRST_CONTROL + place if control else 0) for place in mine]
+            streams = [(*stream, FIRST_PROPOSAL + first + place) for place in mine]
             states = [(chosen[place].parent, chosen[place].turn) for place in mine]
-            proposals = at(states, policy, partial(_proposal, control=control), streams=streams)
+            made_of = partial(_proposal, control=control, chat=chat, reasoning=settings.reasoning)
+            proposals = at(states, policy, made_of, streams=streams)
             live.update((place, p) for place, p in zip(mine, proposals, strict=True) if p is not None)
         return [place in live for place in places]
 
     def prove(places: Sequence[int]) -> list[Repair | None]:
         numbered = {numbers[place]: live[place] for place in places if place in live}
-        play = partial(rollout, policy=student, make=make, chat=chat, limits=limits, temperature=temperature)
-        repairs = iter(verify(numbered, settings, stream, play))
+        play = partial(rollout, make=make, chat=chat, limits=limits, temperature=temperature)
+        alone = partial(play, policy=student)
+        plays = Plays(alone, alone if resumes is student else partial(play, policy=resumes))
+        repairs = iter(verify(numbered, settings, stream, plays))
         return [next(repairs) if place in live else None for place in places]
 
     proposed = world.shared(range(len(chosen)), propose)
-    numbers = list(accumulate(proposed, initial=0))  # a proposal's: how many there are before it
+    numbers = list(accumulate(proposed, initial=first))  # a proposal's: how many there are before it
     return [repair for repair in world.shared(range(len(chosen)), prove) if repair is not None]
 
 
@@ -83,11 +91,11 @@ class _Chosen(NamedTuple):
 
 
 def _chosen(
-    errors: Sequence[Place], settings: Correction, stream: tuple[int, int], token_budget: float
+    errors: Sequence[Place], settings: Correction, stream: tuple[int, int], token_budget: float, again: int
 ) -> list[_Chosen]:
     """Some of ``errors``, drawn without replacement, a share of them turned into controls."""
     random, chance = (
-        np.random.Generator(np.random.Philox(key=list(stream), counter=[0, 0, number, 2**63]))
+        np.random.Generator(np.random.Philox(key=list(stream), counter=[0, again, number, 2**63]))
         for number in (1, 9)
     )
     arms = 1 + len(settings.verify.rivals)
@@ -118,9 +126,10 @@ class Proposed:
         ]
 
 
-def _proposal(acted: Acted, control: bool) -> Proposal | None:
-    """None for a repair that would change nothing."""
+def _proposal(acted: Acted, control: bool, chat: Chat, reasoning: Reasoning) -> Proposal | None:
+    """None for a repair that would change nothing, or that the chat cannot write as it is to be."""
     saved = acted.host.call(acted.env.snapshot)
-    if acted.changes_nothing():
+    action = with_reasoning(acted, chat, reasoning)
+    if action is None or acted.changes_nothing():
         return None
-    return Proposal(acted.parent, acted.turn, saved, acted.action, acted.said.to_env, control)
+    return Proposal(acted.parent, acted.turn, saved, action, acted.said.to_env, control)

@@ -16,11 +16,23 @@ from opd_agents.episode import Limits, Said, read_action, segment_ids
 from opd_agents.errors import NotForkable, ReplayDivergence
 from opd_agents.hosting import Host
 from opd_agents.policies.base import Action, History, Policy
-from opd_agents.types import StopReason, Trajectory
+from opd_agents.types import Outcome, StopReason, Trajectory
 
 T = TypeVar("T")
 Place: TypeAlias = tuple[Trajectory, int]
 """An episode, and the number (from 0) of one of its turns: the state before its action."""
+
+
+def may_be_repaired(trajectory: Trajectory) -> bool:
+    """A failed episode, of the rollout or after a repair."""
+    played = not (trajectory.recorded or trajectory.demonstration)
+    tried = trajectory.branch is None or trajectory.branch.tried
+    return trajectory.outcome in (Outcome.FAILURE, Outcome.UNFINISHED) and played and tried
+
+
+def first_turn(trajectory: Trajectory) -> int:
+    """The first turn of a failed episode in which an error is looked for: after a repair, the next."""
+    return 0 if trajectory.branch is None else trajectory.branch.turn + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +62,10 @@ class Acted:
         and leads to the same state, under the same noise."""
         if self.same:
             return True
-        env, turns = self.env, self.parent.turns
+        env = self.env
         observation, _, terminated, _, _ = self.host.call(lambda: env.step(self.said.to_env))
-        own = turns[self.turn]
-        after = turns[self.turn + 1].state_digest if self.turn + 1 < len(turns) else self.parent.final_digest
         digest = self.host.call(env.state_digest)
-        return (observation, terminated, digest) == (own.observation, own.terminated, after)
+        return (observation, terminated, digest) == effect(self.parent, self.turn)
 
 
 def act_at(
@@ -95,6 +105,13 @@ def act_at(
         for host in filter(None, restored.values()):
             with contextlib.suppress(Exception, SystemExit):
                 host.close()
+
+
+def effect(trajectory: Trajectory, turn: int) -> tuple[str, bool, str]:
+    """The answer to an action, whether it ended the episode, and the digest of the state after it."""
+    turns = trajectory.turns
+    after = turns[turn + 1].state_digest if turn + 1 < len(turns) else trajectory.final_digest
+    return turns[turn].observation, turns[turn].terminated, after
 
 
 def saved_at(
@@ -179,13 +196,18 @@ def restore(parent: Trajectory, turn: int, make: Callable[..., AgentEnv]) -> Age
 
 
 def _replay(parent: Trajectory, turn: int, env: AgentEnv) -> None:
-    env.reset(seed=parent.seed, options={"task_id": parent.task.id, "split": parent.task.split})
+    (_, seed), *afresh = parent.noise
+    env.reset(seed=seed, options={"task_id": parent.task.id, "split": parent.task.split})
     if env.state_digest() != parent.turns[0].state_digest:
         raise ReplayDivergence(
             f"{parent.uid}: resetting {parent.env_id} to {parent.task} gave another state than before."
         )
-    actions = [t.action for t in parent.turns[:turn]]
-    env.replay(actions, [t.state_digest for t in parent.turns[1 : turn + 1]])
+    actions = [t.action for t in parent.turns]
+    digests = [t.state_digest for t in parent.turns[1:]] + [parent.final_digest]
+    for branched, seed in ((at, seed) for at, seed in afresh if at <= turn):
+        env.replay(actions[env.turn : branched], digests[env.turn : branched])
+        env.restore(env.snapshot(), reseed=seed)
+    env.replay(actions[env.turn : turn], digests[env.turn : turn])
 
 
 def _ids_before(parent: Trajectory, turn: int) -> tuple[int, ...]:

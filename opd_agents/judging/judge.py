@@ -49,6 +49,13 @@ class Judged:
     missing: int = 0
     leaked: int = 0
 
+    def and_then(self, later: Judged) -> Judged:
+        """Both together."""
+        return Judged(
+            self.feedback + later.feedback, self.asked + later.asked, self.failed + later.failed,
+            self.missing + later.missing, self.leaked + later.leaked,
+        )  # fmt: skip
+
     def metrics(self) -> dict[str, float | None]:
         """Of the answers: the mean score, the share of each verdict, and how many there are."""
         scores = [one.score for one in self.feedback if one.score is not None]
@@ -73,7 +80,11 @@ def judge_episodes(
 ) -> Judged:
     """What is said of the student's episodes among these, or of a ``share`` of them that ``stream`` (seed,
     step) draws: of each action of the student's, or of the episode. Environments' failures are not judged."""
-    own = {index: turns for index, t in enumerate(trajectories) if (turns := judged_turns(t))}
+    own = {
+        index: turns
+        for index, one in enumerate(trajectories)
+        if one.branch is None and (turns := judged_turns(one))
+    }
     count = max(1, round(settings.share * len(own))) if own and settings.ask else 0
     random = np.random.Generator(np.random.Philox(key=list(stream), counter=[0, 0, 5, 2**63]))
     places = np.array(list(own), dtype=np.int64)
@@ -133,11 +144,14 @@ def judge_corrections(
 
 
 def judged_turns(trajectory: Trajectory) -> list[int]:
-    """The student's own actions in an episode of the rollout; none in what others made of it."""
-    theirs = trajectory.branch is not None or trajectory.demonstration or trajectory.recorded
+    """The student's own actions in an episode that it played; of a branch those after the other action."""
+    branch = trajectory.branch
+    theirs = (branch is not None and not branch.tried) or trajectory.demonstration or trajectory.recorded
     if theirs or trajectory.outcome is Outcome.ERROR:
         return []
-    return [index for index, turn in enumerate(trajectory.turns) if turn.actor is Actor.STUDENT]
+    first = 0 if branch is None else branch.turn + 1
+    turns = enumerate(trajectory.turns)
+    return [index for index, turn in turns if index >= first and turn.actor is Actor.STUDENT]
 
 
 def _canonical(action: str) -> str:
@@ -151,4 +165,5 @@ def _canonical(action: str) -> str:
 
 def _feedback(uid: str, turn: int | None, said: Mapping[str, Any]) -> ActionFeedback:
     verdict = None if "verdict" not in said else Verdict(said["verdict"])
-    return ActionFeedback(uid, turn, said.get("score"), verdict, reason=said["reason"])
+    hint = said.get("hint", "").strip()
+    return ActionFeedback(uid, turn, said.get("score"), verdict, reason=said["reason"], hint=hint)

@@ -42,6 +42,11 @@ ASKED = {
         "`verdict`: `skip` for what is sound and needs no teaching, `weak` for what could be better, `strong`"
         " for what is a mistake."
     ),
+    "hint": (
+        "`hint`: in one or two sentences, what the agent should have known when it began: what matters in"
+        " such a task, and what to look out for. Nothing (an empty string) where it did well and nothing is"
+        " to be learned."
+    ),
 }
 REPLACEMENT = (
     "Answer `number` (of the mistake; 0 if there is none), `reason`, and `replacement`: the action as text,"
@@ -54,6 +59,7 @@ _PROPERTIES: Mapping[str, Mapping[str, Any]] = {
     "score": {"type": "integer", "enum": [*range(10)]},
     "verdict": {"type": "string", "enum": [verdict.value for verdict in Verdict]},
     "replacement": {"type": "string"},
+    "hint": {"type": "string"},
     "better": {"type": "string", "enum": ["first", "second"]},
 }
 

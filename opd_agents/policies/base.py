@@ -155,10 +155,26 @@ class MixturePolicy:
 
     def act(self, histories: Sequence[History]) -> list[Action]:
         draws = [history.random(purpose=1).random() for history in histories]  # 0: the policies' own draws
-        chosen = np.searchsorted(self._edges, draws, "right").tolist()
-        actions: list[Action | None] = [None] * len(histories)
-        for index, policy in enumerate(self._policies):
-            mine = [i for i, choice in enumerate(chosen) if choice == index]
-            for i, action in zip(mine, policy.act([histories[i] for i in mine]) if mine else [], strict=True):
-                actions[i] = action
-        return [action for action in actions if action is not None]
+        return _acted(self._policies, np.searchsorted(self._edges, draws, "right").tolist(), histories)
+
+
+class RelayPolicy:
+    """``first`` takes the first turns of an episode, so many as ``turns`` has by its uid, ``then`` the
+    others."""
+
+    def __init__(self, first: Policy, then: Policy, turns: Mapping[str, int]) -> None:
+        self._policies, self._turns = (first, then), turns
+
+    def act(self, histories: Sequence[History]) -> list[Action]:
+        chosen = [int(len(history.turns) >= self._turns[history.uid]) for history in histories]
+        return _acted(self._policies, chosen, histories)
+
+
+def _acted(policies: Sequence[Policy], chosen: Sequence[int], histories: Sequence[History]) -> list[Action]:
+    """What each history's policy, of the number that is ``chosen`` for it, does; one call a policy."""
+    actions: list[Action | None] = [None] * len(histories)
+    for index, policy in enumerate(policies):
+        mine = [i for i, choice in enumerate(chosen) if choice == index]
+        for i, action in zip(mine, policy.act([histories[i] for i in mine]) if mine else [], strict=True):
+            actions[i] = action
+    return [action for action in actions if action is not None]

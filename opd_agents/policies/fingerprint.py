@@ -9,6 +9,7 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 
 from opd_agents.errors import CheckpointError
 from opd_agents.policies.adapters import ADAPTER_FILE, adapter_base
+from opd_agents.policies.models import check_base
 
 WEIGHTS = {".safetensors", ".bin"}
 
@@ -29,6 +30,7 @@ def fingerprint(path: str) -> str:
             with file.open("rb") as content:
                 digest.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
     if (base := adapter_base(path)) is not None:
+        check_base(base, path)
         digest.update(fingerprint(base).encode())
     return digest.hexdigest()
 
