@@ -11,7 +11,7 @@ from pathlib import Path
 from textwrap import dedent
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
@@ -23,7 +23,7 @@ out = Console()
 err = Console(stderr=True)
 
 
-def print_result(data: Any, table: Table, as_json: bool, least_width: int = 0) -> None:
+def print_result(data: Any, table: RenderableType, as_json: bool, least_width: int = 0) -> None:
     """The table, at least so many characters wide, or the one JSON document that ``--json`` asks for."""
     if as_json:
         print(json.dumps(data, indent=2, allow_nan=False))
@@ -122,7 +122,50 @@ def check_table(stages: Sequence[Mapping[str, Any]]) -> Table:
         if stage["seconds"]:
             step, whole = stage["seconds"]["step"], stage["seconds"]["run"]
             table.add_row("", "time", f"about {step:.1f} s a step, {whole / 60:.1f} minutes in all, here")
+        if asked := stage["questions"]:
+            _add_questions(table, asked)
     return table
+
+
+def _add_questions(table: Table, asked: Mapping[str, Any]) -> None:
+    """The four answers, a question mark where the intervals leave doubt; figures by depth; what to do."""
+    words = {True: "[green]yes[/]", False: "[yellow]no[/]", None: "unknown"}
+    table.add_row(
+        "",
+        "questions",
+        f"asked of {asked['figures']['student']['played']} episodes in {asked['seconds']:.0f} s",
+    )
+    for name, said in asked["answers"].items():
+        doubt = "?" if said["holds"] is not None and not said["sure"] else ""
+        table.add_row(f"  {words[said['holds']]}{doubt}", name, escape(said["says"]))
+    for depth in asked["figures"]["depths"]:
+        first, last = depth["first"], depth["last"]
+        table.add_row("", f"turn {first}" if first == last else f"turns {first}-{last}", _of_depth(depth))
+    advice = asked["recommendation"]
+    says = f"[bold]{advice['choice']}[/]: {escape(advice['reason'])}."
+    if advice["open"]:
+        says += f" Undecided: {', '.join(advice['open'])}; more --rollouts narrow the intervals."
+    table.add_row("", "advice", says)
+
+
+def _of_depth(depth: Mapping[str, Any]) -> str:
+    parts = (
+        [f"KL {depth['kl']['value']:.2f} nats a token"]
+        if depth["kl"] and depth["kl"]["value"] is not None
+        else []
+    )
+    parts.append(f"{_share(depth['refused'])} refused")
+    if depth["agreement"]["played"]:
+        parts.append(f"as the teacher {_share(depth['agreement'])}")
+    if depth["continued"]["played"]:
+        teacher, student = _share(depth["continued"]), _share(depth["student"])
+        parts.append(f"from here on the teacher solves {teacher}, the student {student}")
+    return "; ".join(parts)
+
+
+def _share(arm: Mapping[str, Any]) -> str:
+    low, high = (100 * bound for bound in arm["interval"])
+    return f"{100 * arm['share']:.0f} % ({low:.0f}-{high:.0f})"
 
 
 def show_run(run: Path) -> None:
@@ -135,6 +178,8 @@ def show_run(run: Path) -> None:
             sampled, greedy = (f"{100 * result[key]:.1f} %" for key in ("success", "success_greedy"))
             place = f"{stage['name']}, validation after step {stage['steps']}"
             shown = f"{place}: success {sampled} ({low}-{high}) sampled, {greedy} greedy"
+            if "trainer.until" in (end := stage.get("ended", "")):
+                shown += f"; ended early by {end}"
             out.print(shown, soft_wrap=True, highlight=False)
 
 

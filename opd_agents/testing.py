@@ -14,11 +14,12 @@ from typing import Any
 import gymnasium
 from gymnasium.utils.env_checker import check_env
 
-from opd_agents.envs import AgentEnv, format_calls, make
+from opd_agents.envs import AgentEnv, Snapshot, format_calls, make
 from opd_agents.errors import EnvironmentContractError, NotForkable, UserError
 from opd_agents.tools import random_call
 
 CONTROLS = 6  # times that other random actions are drawn if none yet changed anything that shows
+FORK_SEED = 3
 NOT_AN_ACTION = '{"name":'
 BAD_ACTIONS = (
     NOT_AN_ACTION,
@@ -166,14 +167,16 @@ def _check_forks(env: AgentEnv, n_tasks: int) -> None:
     repeated = differing = 0
     for attempt in range(CONTROLS):
         for split, task_id, rng in _drawn_tasks(env, n_tasks, attempt):
-            prompt, _ = _reset(env, split, task_id, seed=3)
-            _, steps = _wander(env, rng, prompt, limit=rng.randrange(4))
+            prompt, _ = _reset(env, split, task_id, seed=FORK_SEED)
+            before, steps = _wander(env, rng, prompt, limit=rng.randrange(4))
             if not env.over:
-                differed = _check_one_fork(
-                    env, rng, " ".join([prompt, *(step.observation for step in steps)])
-                )
+                text = " ".join([prompt, *(step.observation for step in steps)])
+                saved = pickle.loads(pickle.dumps(env.snapshot()))
+                differed = _check_one_fork(env, saved, rng, text)
                 repeated += differed is not None
                 differing += differed is True
+                env.restore(saved)
+                _check_another_course(env, (split, task_id), before, rng, text)
         if differing or not repeated:
             break
     _require(
@@ -183,10 +186,9 @@ def _check_forks(env: AgentEnv, n_tasks: int) -> None:
     )
 
 
-def _check_one_fork(env: AgentEnv, rng: random.Random, text: str) -> bool | None:
-    """Fork, restore and reseed at the present state. Returns whether going on without restoring shows, None
-    if it cannot be tried."""
-    saved = pickle.loads(pickle.dumps(env.snapshot()))
+def _check_one_fork(env: AgentEnv, saved: Snapshot, rng: random.Random, text: str) -> bool | None:
+    """Fork, restore and reseed at the present state, ``saved``. Returns whether going on without restoring
+    shows, None if it cannot be tried."""
     digest = env.state_digest()
     half = max(1, (env.max_turns - env.turn) // 2)  # so that they can be done twice within the turn limit
     with closing(env.fork()) as twin:
@@ -211,6 +213,19 @@ def _check_one_fork(env: AgentEnv, rng: random.Random, text: str) -> bool | None
     # Rewards and endings are left out: the turns used up show there, whatever the state.
     visible = [[(step.observation, step.digest) for step in run] for run in (steps, again)]
     return any(one != repeated for one, repeated in zip(*visible, strict=False))
+
+
+def _check_another_course(
+    env: AgentEnv, task: tuple[str, str], before: Sequence[str], rng: random.Random, text: str
+) -> None:
+    """``env`` has gone on and was restored to the state after the actions ``before``. What is done otherwise
+    there must lead where it leads a new environment: of what was undone nothing may be left."""
+    actions, steps = _wander(env, rng, text, limit=3)
+    with closing(env.spawn()) as fresh:
+        _reset(fresh, *task, seed=FORK_SEED)
+        _run(fresh, before)
+        what = "after restore() other actions lead elsewhere than in a new environment"
+        _compare(steps, _run(fresh, actions), actions, what)
 
 
 def _check_expert(env: AgentEnv, n_tasks: int) -> None:

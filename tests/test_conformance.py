@@ -89,6 +89,27 @@ class Unrestoring(Counter):
         self.target = state["target"]
 
 
+class Remembering(Counter):
+    """What was added in a turn once is added in it ever after, whatever was restored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.added: dict[int, int] = {}
+
+    def begin(self, task: Task) -> str:
+        self.added.clear()
+        return super().begin(task)
+
+    def add(self, number: int) -> dict[str, int]:
+        return super().add(self.added.setdefault(self.turn, number))
+
+    def roll(self) -> dict[str, int]:
+        return self.add(1)
+
+    def stop(self) -> str:
+        return "no"
+
+
 class Unfinished(Counter):
     """Says that it can be copied, and cannot."""
 
@@ -170,6 +191,7 @@ class Never(Counter):
         (SelfFork, "stepping a fork changed the environment"),
         (Forgetful, r"raised AttributeError|differ after the same actions|lead elsewhere"),
         (Unrestoring, "differ after the same actions|does not lead back"),
+        (Remembering, "other actions lead elsewhere than in a new environment"),
         (Unfinished, "has nothing in self.state"),
         (Unpicklable, r"get_state\(\) of Unpicklable cannot be pickled"),
         (CountingDigest, "must hold neither counters nor noise"),

@@ -76,6 +76,17 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
+class LaterRepair:
+    """What was tried in a run after a repair, which failed, too."""
+
+    accepted: bool
+    turn: int  # counts from 1
+    student: ActionView
+    teacher: ActionView
+    better: float
+
+
+@dataclass(frozen=True, slots=True)
 class RepairView:
     where: str
     accepted: bool
@@ -87,9 +98,12 @@ class RepairView:
     teacher: ActionView
     observation: str  # what the student's action led to
     kl_sum: float | None
+    by: str  # who proposed the other action
     arms: Mapping[str, tuple[int, int]]  # successes and rollouts of `repair`, and of `own` or `retry` or both
+    audit: Mapping[str, tuple[int, int]]  # the same of the audit; empty where there was none
     better: float  # probability that the repair is the best of them
     control: bool
+    later: tuple[LaterRepair, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,17 +188,17 @@ def _success(line: Mapping[str, Any]) -> bool:
 
 
 def _pair(before: Mapping[str, Any], after: Mapping[str, Any]) -> Pair:
-    trajectory, _ = _nouns(before)
+    trajectory, _ = nouns(before)
     return Pair(
         task=f"{trajectory.task.split} task {trajectory.task.id}",
         env=trajectory.env_id,
         request=_request(trajectory),
-        before=_episode(*_nouns(before)),
-        after=_episode(*_nouns(after)),
+        before=_episode(*nouns(before)),
+        after=_episode(*nouns(after)),
     )
 
 
-def _nouns(line: Mapping[str, Any]) -> tuple[Trajectory, tuple[Credit, ...]]:
+def nouns(line: Mapping[str, Any]) -> tuple[Trajectory, tuple[Credit, ...]]:
     try:
         trajectory = from_dict(Trajectory, line["trajectory"])
         return trajectory, tuple(from_dict(Credit, credit) for credit in line.get("credit") or ())
@@ -258,11 +272,12 @@ def _repairs(run: Run) -> tuple[RepairView, ...]:
     accepted: list[RepairView] = []
     rejected: list[RepairView] = []
     for label, stage in run.training():
+        proposer = _proposer(stage.config)
         for path in sorted((stage.path / "trajectories").glob("step-*.jsonl")):
             of_file: dict[bool, RepairView] = {}
             for line in read_jsonl(path, skip_endings=NO_REPAIR):
                 if line.get("repair") and (bool(line["repair"].get("accepted")) not in of_file):
-                    view = _repair({**line, "path": path}, label)
+                    view = _repair({**line, "path": path}, label, proposer)
                     of_file[view.accepted] = view
             accepted += [of_file[True]] if True in of_file else []
             rejected += [of_file[False]] if False in of_file else []
@@ -274,8 +289,14 @@ def _spread(views: Sequence[RepairView], n: int) -> Sequence[RepairView]:
     return views if len(views) <= n else [views[i * len(views) // n] for i in range(n)]
 
 
-def _repair(line: Mapping[str, Any], stage: str) -> RepairView:
-    trajectory, credit = _nouns(line)
+def _proposer(config: Mapping[str, Any]) -> str:
+    """Of a run's config, in which a section may be null."""
+    correction = config.get("correction") or {}
+    return str((correction.get("propose") or {}).get("by", "teacher"))
+
+
+def _repair(line: Mapping[str, Any], stage: str, by: str) -> RepairView:
+    trajectory, credit = nouns(line)
     try:
         repair = line["repair"]
         turn = int(repair["turn"])
@@ -294,11 +315,29 @@ def _repair(line: Mapping[str, Any], stage: str) -> RepairView:
             teacher=action_view(repair["teacher_action"]),
             observation=views[turn].observation,
             kl_sum=views[turn].kl_sum,
-            arms={
-                name: (int(of[0]), int(of[1])) for name, of in repair["evidence"].items() if name != "better"
-            },
+            by=by,
+            arms=_arms(repair["evidence"]),
+            audit=_arms(repair["audit"] or {}),
             better=float(repair["evidence"]["better"]),
             control=bool(repair["control"]),
+            later=tuple(_later(repair)),
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise _unreadable(line["path"], error) from error
+
+
+def _arms(evidence: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    return {name: (int(of[0]), int(of[1])) for name, of in evidence.items() if name != "better"}
+
+
+def _later(repair: Mapping[str, Any]) -> Iterator[LaterRepair]:
+    """Those tried after one that failed, in their order; runs of before had at most one an episode."""
+    while later := repair.get("then"):
+        yield LaterRepair(
+            accepted=bool(later["accepted"]),
+            turn=int(later["turn"]) + 1,
+            student=action_view(later["student_action"]),
+            teacher=action_view(later["teacher_action"]),
+            better=float(later["evidence"]["better"]),
+        )
+        repair = later
