@@ -4,8 +4,8 @@
     python benchmarks/locator.py runs/orderdesk-cold-start [--episodes 200] [--repairs 16] [--json]
 
 Every student, one a training seed, plays validation tasks of the easy OrderDesk without time-outs. Of a
-failed episode the truth is found by letting the scripted expert go on from every state: `first_suboptimal` is the
-first action after which it needs no fewer turns than before, or fails; `first_fatal` the first one after
+failed episode the truth is found by letting the scripted expert go on from every state: `first_suboptimal` is
+the first action after which it needs no fewer turns than before, or fails; `first_fatal` the first one after
 which it fails, because an order was changed for good. Each measure proposes one action an episode, or none.
 Repairs (what the expert does there) of the same proposals are taken as they are, after one success as SCoRe
 does it, or verified at 4, 8 and 16 rollouts against the student's own action and a retry; 32 fresh rollouts

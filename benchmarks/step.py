@@ -62,7 +62,7 @@ def run_ours(folder: Path, episodes: int, turns: int) -> tuple[list[float], list
     """Seconds and loss of each step, and the action tokens of one."""
     opd.register("bench/Queue-v0", "step:StatelessQueue")
     from opd_agents.runs import RunFolder
-    from opd_agents.session import load_session
+    from opd_agents.starting import load_session
     from opd_agents.trainer import train_step
 
     config = opd.load_config(

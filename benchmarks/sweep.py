@@ -126,7 +126,8 @@ def load_sweep(path: Path) -> tuple[Sweep, list[Cell]]:
 
 def _cell(sweep: Sweep, label: str, seed: int, base: Path) -> Cell:
     run, folder = sweep.runs[label], sweep.folder / label / f"seed-{seed}"
-    first = () if run.student is None else (f"student.model={sweep.folder / run.student / folder.name}",)
+    start = None if run.student is None else Path.cwd() / sweep.folder / run.student / folder.name
+    first = () if start is None else (f"student.model={start}",)  # the same before and after it is there
     overrides = (*first, *(_absolute(item, base) for item in run.set), f"seed={seed}", f"output={folder}")
     try:
         loaded = load_config(run.config, *overrides)

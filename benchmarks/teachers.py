@@ -42,7 +42,8 @@ from opd_agents.policies.models import build_model, load_chat, load_model, load_
 from opd_agents.policies.sampler import TransformersSampler
 from opd_agents.rollout import rollout
 from opd_agents.runs import RunFolder, trajectory_row
-from opd_agents.session import Session, load_session
+from opd_agents.session import Session
+from opd_agents.starting import load_session
 from opd_agents.teachers import Teacher
 from opd_agents.teachers.cache import Index, open_cache
 from opd_agents.teachers.cached import CachedTeacher

@@ -5,35 +5,42 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from opd_agents import envs
-from opd_agents.config import RunConfig
+from opd_agents.config import Api, RunConfig, Vllm, sections_in
 from opd_agents.errors import OpdError
 from opd_agents.estimate import memory
+from opd_agents.policies.offload import Offloaded
 from opd_agents.probing import Finding, probe
+from opd_agents.questions import Asked, ask, why_not_asked
 from opd_agents.runs import RunFolder
-from opd_agents.session import Session, check_inputs, load_session
+from opd_agents.session import Session
+from opd_agents.starting import check_inputs, load_session
 from opd_agents.teachers.aligned import AlignedTeacher
 from opd_agents.teachers.cache import StaleCache
 from opd_agents.teachers.local import ModelTeacher
+from opd_agents.teaching import settings_of
 from opd_agents.trainer import train_step
+
+ROLLOUTS = 64  # of the four questions, where nothing else is said
 
 
 @dataclass(frozen=True, slots=True)
 class StageCheck:
     """``memory`` in bytes by part, ``seconds`` of one step and of all, both estimated; empty where a finding
-    stood before them."""
+    stood before them. ``questions``: whether the teacher is worth the compute, where that was asked."""
 
     name: str
     findings: list[Finding]
     memory: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    questions: Asked | None = None
 
     @property
     def passed(self) -> bool:
@@ -42,20 +49,23 @@ class StageCheck:
     def row(self) -> dict[str, Any]:
         findings = [{"about": f.about, "passed": f.passed, "says": f.says} for f in self.findings]
         told = {"findings": findings, "memory": self.memory, "seconds": self.seconds}
-        return {"name": self.name, "passed": self.passed} | told
+        asked = self.questions.row() if self.questions else None
+        return {"name": self.name, "passed": self.passed} | told | {"questions": asked}
 
 
-def check(config: RunConfig, *, episodes: int = 8) -> list[StageCheck]:
-    """Every stage, with a training step on about ``episodes`` episodes in a folder that is thrown away.
+def check(config: RunConfig, *, episodes: int = 8, rollouts: int | None = 0) -> list[StageCheck]:
+    """Every stage, with a training step on about ``episodes`` episodes in a folder that is thrown away, and
+    the four questions of its teacher, of so many ``rollouts`` (0: they are not asked; None: ``ROLLOUTS``, but
+    of a teacher whose answers are paid for none).
 
     A later stage is checked with the student as the config gives it, not as the stage before would leave it.
     """
     envs.import_plugins(config.imports)
     stages = config.stages or {config.name: config}
-    return [_stage(name, stage, episodes) for name, stage in stages.items()]
+    return [_stage(name, stage, episodes, rollouts) for name, stage in stages.items()]
 
 
-def _stage(name: str, config: RunConfig, episodes: int) -> StageCheck:
+def _stage(name: str, config: RunConfig, episodes: int, rollouts: int | None) -> StageCheck:
     findings: list[Finding] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -68,19 +78,43 @@ def _stage(name: str, config: RunConfig, episodes: int) -> StageCheck:
         findings += [*_positions(session), *probe(session)]
         if not StageCheck(name, findings).passed:
             return StageCheck(name, findings)
-        started = time.perf_counter()
-        try:
-            row = train_step(session)
-        except OpdError as error:
-            return StageCheck(name, [*findings, Finding("step", False, str(error))])
-        finally:
-            session.references.close()
-        seconds = time.perf_counter() - started
+        with closing(session.references):
+            asked = _asked(session, rollouts)
+            findings += [asked] if isinstance(asked, Finding) else []
+            questions = asked if isinstance(asked, Asked) else None
+            started = time.perf_counter()
+            try:
+                row = train_step(session)
+            except OpdError as error:
+                return StageCheck(name, [*findings, Finding("step", False, str(error))], questions=questions)
+            seconds = time.perf_counter() - started
     step = seconds * config.rollout.episodes_per_step / tried.rollout.episodes_per_step
     reader = session.discriminator.reader if session.discriminator else None
-    parts = memory(config, session.model, list(_local_models(session).values()), reader)
-    findings += [*_step(row, session), _fits(sum(parts.values()))]
-    return StageCheck(name, findings, parts, {"step": step, "run": step * config.trainer.steps})
+    local = _local_teachers(session).values()
+    resting = [one.weights.nbytes for one in local if isinstance(one.weights, Offloaded)]
+    parts = memory(config, session.model, [one.model for one in local], reader, resting)
+    there, where = _device()
+    if share := _engines(config):
+        parts["engines"] = round(share * there)
+    says = f"about {_gigabytes(sum(parts.values()))} of {_gigabytes(there)} of {where}"
+    findings += [*_step(row, session), Finding("memory", sum(parts.values()) < there, says)]
+    spent = {"step": step, "run": step * config.trainer.steps}
+    return StageCheck(name, findings, parts, spent, questions)
+
+
+def _asked(session: Session, rollouts: int | None) -> Asked | Finding | None:
+    """The four questions, or why they were not asked; before the step, which changes the student."""
+    if rollouts == 0:
+        return None
+    if why := why_not_asked(session):
+        return Finding("questions", None, f"not asked: {why}")
+    teacher = session.config.teacher
+    if rollouts is None and teacher and any(isinstance(one, Api) for _, one in sections_in("", teacher)):
+        return Finding("questions", None, "not asked: the teacher's answers are paid for; say --rollouts N")
+    try:
+        return ask(session, ROLLOUTS if rollouts is None else rollouts)
+    except OpdError as error:
+        return Finding("questions", None, f"not answered: {error}", error)
 
 
 def _tried(config: RunConfig, episodes: int, folder: str) -> RunConfig:
@@ -97,15 +131,16 @@ def _folder(config: RunConfig) -> RunFolder:
     return RunFolder(Path(config.folder), config.model_dump(mode="json"), resume=False)
 
 
-def _local_models(session: Session) -> dict[str, PreTrainedModel]:
-    teachers = session.references.teachers.items()
+def _local_teachers(session: Session) -> dict[str, ModelTeacher]:
+    teachers = session.references.singles.items()
     inner = {n: one.teacher if isinstance(one, AlignedTeacher) else one for n, one in teachers}
-    return {name: teacher.model for name, teacher in inner.items() if isinstance(teacher, ModelTeacher)}
+    return {name: teacher for name, teacher in inner.items() if isinstance(teacher, ModelTeacher)}
 
 
 def _positions(session: Session) -> Iterator[Finding]:
     most = session.config.rollout.max_context_tokens
-    for name, model in {"student": session.model, **_local_models(session)}.items():
+    models = {name: teacher.model for name, teacher in _local_teachers(session).items()}
+    for name, model in {"student": session.model, **models}.items():
         positions = model.config.get_text_config().max_position_embeddings
         if most > positions:
             says = f"rollout.max_context_tokens is {most}, but it was made for {positions} positions"
@@ -130,14 +165,22 @@ def _step(row: Mapping[str, Any], session: Session) -> Iterator[Finding]:
         yield Finding("loss", False, says)
 
 
-def _fits(needed: int) -> Finding:
+def _engines(config: RunConfig) -> float:
+    """The share of the device's memory that vLLM in this process may fill."""
+    sections = (
+        section
+        for name, settings in settings_of(config).items()
+        for _, section in sections_in(name, settings)
+    )
+    return sum(one.engine.memory for one in sections if isinstance(one, Vllm) and one.engine is not None)
+
+
+def _device() -> tuple[int, str]:
+    """Its memory in bytes, and whose it is."""
     if torch.cuda.is_available():
-        there, where = torch.cuda.get_device_properties(0).total_memory, "the GPU"
-    else:
-        with open("/proc/meminfo") as file:
-            there, where = int(file.readline().split()[1]) * 1024, "this machine"
-    says = f"about {_gigabytes(needed)} of {_gigabytes(there)} of {where}"
-    return Finding("memory", needed < there, says)
+        return torch.cuda.get_device_properties(0).total_memory, "the GPU"
+    with open("/proc/meminfo") as file:
+        return int(file.readline().split()[1]) * 1024, "this machine"
 
 
 def _gigabytes(size: int) -> str:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib.resources
 import os
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +19,9 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from opd_agents import cli_files, cli_sandbox
+from opd_agents.cli_evaluate import evaluate
+from opd_agents.cli_options import Json, Options, environment_options, shipped
+from opd_agents.cli_rollout import rollout
 from opd_agents.errors import ConfigError, OpdError, UserError
 from opd_agents.terminal import (
     check_table,
@@ -30,9 +31,7 @@ from opd_agents.terminal import (
     methods_table,
     out,
     print_result,
-    show_episode,
     show_method,
-    show_outcome,
     show_run,
 )
 
@@ -65,32 +64,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-def _shipped(kind: str) -> str:
-    """The names of the YAML files in ``configs/<kind>``."""
-    entries = importlib.resources.files(f"opd_agents.configs.{kind}").iterdir()
-    return ", ".join(
-        sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml"))
-    )
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-Options = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--option", metavar="KEY=VALUE", help="Make the environment with it: tasks=FILE; repeatable."
-    ),
-]
-
-
-BaseUrl = Annotated[
-    str | None, typer.Option("--base-url", help="Of api:MODEL; default: OPENAI_BASE_URL, else OpenAI's.")
-]
-KeyName = Annotated[
-    str | None,
-    typer.Option("--key-env", metavar="NAME", help="The variable with its key; default: OPENAI_API_KEY."),
-]
 
 
 @app.callback()
@@ -130,7 +103,7 @@ def train(
     config: Annotated[
         str,
         typer.Argument(
-            metavar="CONFIG", help=f"A YAML file, or a shipped experiment: {_shipped('experiments')}."
+            metavar="CONFIG", help=f"A YAML file, or a shipped experiment: {shipped('experiments')}."
         ),
     ],
     overrides: Annotated[
@@ -175,9 +148,18 @@ def check(
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that replace the file's.")
     ] = None,
     episodes: Annotated[int, typer.Option(min=1, help="Episodes of the step that is tried.")] = 8,
+    rollouts: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Of student and teacher, for the four questions; 0: do not ask. Default: 64, but 0 where an"
+            " API is paid for them.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Look before training: do student, teacher and sampler see the same tokens, and does it fit?
+    """Look before training: do student, teacher and sampler see the same tokens, does it fit, and is it worth
+    the compute?
 
     Example: `opd-agents check quickstart`
     """
@@ -187,93 +169,14 @@ def check(
     from opd_agents import checking
 
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
-        stages = checking.check(loaded, episodes=episodes)
+        stages = checking.check(loaded, episodes=episodes, rollouts=rollouts)
     print_result(rows := [stage.row() for stage in stages], check_table(rows), as_json)
     if not all(stage.passed for stage in stages):
         raise typer.Exit(1)
 
 
-@app.command()
-def evaluate(
-    suite: Annotated[
-        str,
-        typer.Argument(
-            metavar="SUITE|FILE.yaml|ENV_ID",
-            help=f"An environment, a file, or a suite: {_shipped('suites')}.",
-        ),
-    ],
-    policy: Annotated[
-        list[str], typer.Option(help="A checkpoint or run folder, api:MODEL, expert or random; repeatable.")
-    ],
-    limit: Annotated[int | None, typer.Option(min=1, help="Only N tasks, one sample each.")] = None,
-    split: Annotated[str, typer.Option(help="Split that the tasks come from.")] = "test",
-    option: Options = None,
-    folder: Annotated[Path | None, typer.Option("--out", help="Write trajectories and results here.")] = None,
-    base_url: BaseUrl = None,
-    key_env: KeyName = None,
-    as_json: Json = False,
-) -> None:
-    """Evaluate policies on the held-out tasks of a suite.
-
-    Example: `opd-agents evaluate orderdesk --policy expert --policy runs/quickstart --limit 20`
-    """
-    from opd_agents import evaluation
-
-    # Libraries may print while policies load and play: with --json standard output holds the document alone.
-    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
-        result = evaluation.evaluate(
-            suite, policies=policy, limit=limit, out=folder, split=split, options=_options(option),
-            endpoint=_endpoint(base_url, key_env),
-        )  # fmt: skip
-    print_result(result, evaluation.table(result), as_json)
-
-
-@app.command()
-def rollout(
-    env_id: Annotated[
-        str, typer.Argument(metavar="ENV_ID", help="An environment; `opd-agents envs` lists them.")
-    ],
-    policy: Annotated[str, typer.Option(help="A checkpoint or run folder, api:MODEL, expert or random.")],
-    episodes: Annotated[int, typer.Option(min=1, help="How many episodes.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of the tasks and of sampling.")] = 0,
-    split: Annotated[str, typer.Option(help="Split that the tasks come from.")] = "train",
-    option: Options = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Show each episode turn by turn.")] = False,
-    file: Annotated[Path | None, typer.Option("--out", help="Write the trajectories as JSON lines.")] = None,
-    base_url: BaseUrl = None,
-    key_env: KeyName = None,
-) -> None:
-    """Let a policy act in an environment.
-
-    Example: `opd-agents rollout opd_agents/OrderDesk-v0 --policy expert --watch`
-    """
-    from opd_agents.evaluation import play
-    from opd_agents.runs import trajectory_row, write_whole
-    from opd_agents.types import Trajectory, to_json
-
-    show = show_episode if watch else show_outcome
-    settings: dict[str, Any] = {
-        "episodes": episodes,
-        "seed": seed,
-        "split": split,
-        "options": _options(option),
-        "endpoint": _endpoint(base_url, key_env),
-    }
-    if file is None:
-        play(env_id, policy, watch=show, **settings)
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.part")  # in the order in which they end; what an interrupt leaves
-    with part.open("w", encoding="utf-8") as kept:
-
-        def keep(trajectory: Trajectory) -> None:
-            kept.write(to_json(trajectory_row(trajectory)) + "\n")
-            kept.flush()
-            show(trajectory)
-
-        played = play(env_id, policy, watch=keep, **settings)
-    write_whole(file, "".join(to_json(trajectory_row(t)) + "\n" for t in played))
-    part.unlink()
+app.command()(evaluate)
+app.command()(rollout)
 
 
 @app.command()
@@ -304,7 +207,7 @@ def envs(
 
         if env_id is None:
             raise UserError("--check tries one environment: name it, such as opd_agents/OrderDesk-v0.")
-        check_agent_env(env_id, **_options(options))
+        check_agent_env(env_id, **environment_options(options))
         out.print(f"{env_id} keeps the contract.", highlight=False)
         return
     rows = [describe(name) for name in ([env_id] if env_id else list_envs())]
@@ -350,26 +253,6 @@ def report(
 
 app.add_typer(cli_files.app)
 app.add_typer(cli_sandbox.app, name="sandbox")
-
-
-def _options(given: Sequence[str] | None) -> dict[str, Any]:
-    """``KEY=VALUE`` strings as the arguments of an environment; paths count from the working folder."""
-    from opd_agents.config import absolute_inputs, parse_overrides
-
-    return absolute_inputs(parse_overrides(given or ()), Path.cwd())
-
-
-def _endpoint(base_url: str | None, key_env: str | None) -> Any:
-    """Of ``api:MODEL``. A server of one's own, such as vLLM's, asks for no key unless one is named."""
-    from pydantic import ValidationError
-
-    from opd_agents.config import Endpoint
-
-    key = key_env or ("OPENAI_API_KEY" if base_url is None or "OPENAI_API_KEY" in os.environ else None)
-    try:
-        return Endpoint(base_url=base_url, key=key)
-    except ValidationError as error:
-        raise ConfigError(f"--base-url or --key-env: {error.errors()[0]['msg']}") from None
 
 
 def _seeds(text: str) -> list[int]:

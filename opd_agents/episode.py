@@ -55,7 +55,7 @@ class Limits:
 
     ``step_timeout`` and ``episode_timeout`` are seconds of wall clock that the environment may take for one
     step, and for all of them and the reset together. ``max_live`` is how many environments of one id may live
-    at once.
+    at once, ``concurrency`` how many episodes, of whatever environment (None: all).
 
     ``max_action_tokens`` bounds the ids of all of an episode's actions together, those that a branch inherits
     and those that a rule put there included. An action that is written token by token is cut there; one that
@@ -70,6 +70,7 @@ class Limits:
     max_action_tokens: int | None = None
     episode_timeout: float | None = None
     max_live: int | None = None
+    concurrency: int | None = None
 
     def action_room(self, turns: Sequence[Turn]) -> int:
         """Tokens that the actions after ``turns`` may still have."""

@@ -56,7 +56,7 @@ class FrozenTerms:
     def where_taught(self, taught: Mapping[str, Tensor]) -> FrozenTerms:
         """A reference that had nothing to say about a token (bool [N]) agrees with the student there."""
         nothing = torch.zeros_like(self.logprob)
-        same = ReferenceTerms(self.logprob, nothing, self.entropy, nothing)
+        same = ReferenceTerms(self.logprob, nothing, self.entropy, nothing, nothing + 1)
 
         def heard(name: str, said: Tensor) -> ReferenceTerms:
             return _each(lambda own, other: torch.where(said, own, other), self.references[name], same)
@@ -78,9 +78,10 @@ def frozen_terms(
     temperature: float,
     max_tokens: int,
     keep: Tensor | None = None,
+    overlap: int = 0,
 ) -> FrozenTerms:
     """Score every action token (of those where ``keep``, bool [N], holds; the others get 0) once at the
-    current weights, at the sampling temperature."""
+    current weights, at the sampling temperature; ``overlap`` as of `token_terms`."""
     size = len(packed.target)
     logprob, entropy = torch.zeros(size), torch.zeros(size)
     references: dict[str, list[Tensor | None]] = {}
@@ -88,7 +89,7 @@ def frozen_terms(
         hidden = hidden_states(student, micro.ids)[micro.row, micro.column]
         terms = token_terms(
             hidden, head(student), packed.target[micro.tokens].to(hidden.device), temperature=temperature,
-            targets=targets(signals, micro.tokens, hidden.device), statistics=True,
+            targets=targets(signals, micro.tokens, hidden.device), statistics=True, overlap=overlap,
         )  # fmt: skip
         logprob[micro.tokens] = terms.logprob.float().cpu()
         entropy[micro.tokens] = terms.entropy.float().cpu()

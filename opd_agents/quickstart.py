@@ -18,7 +18,7 @@ from opd_agents.batch import pack
 from opd_agents.config import Local, RunConfig, load_config
 from opd_agents.credit import assign_credit
 from opd_agents.evaluation import load_suite, run_suite, summarise, table
-from opd_agents.evaluation.evaluate import Contestant, load_contestant
+from opd_agents.evaluation.contestants import Contestant, load_contestant
 from opd_agents.frozen import frozen_terms
 from opd_agents.policies.models import load_model
 from opd_agents.report import write_report

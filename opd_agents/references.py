@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -82,34 +82,39 @@ class References:
                 self.teachers[name] = self.singles[name]
 
     def score(
-        self, packed: Packed, trajectories: Sequence[Trajectory], owned: Tensor, max_tokens: int
+        self,
+        packed: Packed,
+        trajectories: Sequence[Trajectory],
+        owned: Tensor,
+        max_tokens: int,
+        asked: Mapping[str, frozenset[Need]] | None = None,
     ) -> tuple[dict[str, TeacherSignal], dict[str, Tensor]]:
-        """The signal of every reference that the loss needs, and of each member of an ensemble, filled where
-        ``owned`` (bool [N]); and of those with conditioning or weights the tokens (bool [N], the same on
-        every rank) that they had something to say about: on others there is no signal. Raises AlignmentError
-        for a signal of other tokens or another type."""
+        """The signal of every reference that the loss needs, or that is ``asked``, and of each member of an
+        ensemble, filled where ``owned`` (bool [N]); and of those with conditioning or weights the tokens
+        (bool [N], the same on every rank) that they had something to say about: on others there is no signal.
+        Raises AlignmentError for a signal of other tokens or another type."""
         started = time.perf_counter()
         signals: dict[str, TeacherSignal] = {}
         taught: dict[str, Tensor] = {}
 
         def ask(
-            name: str, needs: frozenset[Need], where: Tensor | None = None, asked: Packed = packed
+            name: str, needs: frozenset[Need], where: Tensor | None = None, rows: Packed = packed
         ) -> None:
             keep, teacher = owned, self.singles[name]
             if where is not None:
                 taught[name] = where
             if name in self.conditioners:
-                asked, heard = self.conditioners[name].condition(packed, trajectories)
+                rows, heard = self.conditioners[name].condition(packed, trajectories)
                 taught[name] = heard & taught.get(name, heard)
             if name in taught:
                 keep = owned & taught[name]
             if isinstance(teacher, AlignedTeacher):
                 signals[name], taught[name] = teacher.score_episodes(packed, trajectories, max_tokens, keep)
             else:
-                signals[name] = teacher.score(asked, max_tokens, keep)
+                signals[name] = teacher.score(rows, max_tokens, keep)
             check_aligned(place(name), signals[name], teacher.can, needs, len(packed.target))
 
-        for name, needs in self.needs.items():
+        for name, needs in (self.needs if asked is None else asked).items():
             if not isinstance(ensemble := self.teachers[name], EnsembleTeacher):
                 ask(name, needs)
                 continue

@@ -67,7 +67,7 @@ def rollout(
     results: dict[str, Trajectory] = {}
     try:
         while waiting or running:
-            fresh = _admit(waiting, running, make, limits.max_live)
+            fresh = _admit(waiting, running, make, limits)
             _together([one.begin for one in fresh if one.outcome is None])
             for one in running:
                 if one.outcome is not None or one.over_budget():
@@ -88,16 +88,17 @@ def rollout(
 
 
 def _admit(
-    waiting: deque[Live], running: list[Live], make: Callable[..., AgentEnv], max_live: int | None
+    waiting: deque[Live], running: list[Live], make: Callable[..., AgentEnv], limits: Limits
 ) -> list[Live]:
     """Make those of ``waiting`` that may live beside ``running``, first come, first served, and put them
     there; returns them. How many of an id may live is known from the last one made."""
-    live = Counter(one.episode.env_id for one in running)
+    live, max_live = Counter(one.episode.env_id for one in running), limits.max_live
+    at_once = limits.concurrency or sys.maxsize
     most = {one.episode.env_id: max_live or one.env.max_live for one in running}
     fresh: list[Live] = []
     for one in [waiting.popleft() for _ in range(len(waiting))]:
         id = one.episode.env_id
-        if live[id] and live[id] >= (most[id] or sys.maxsize):
+        if len(running) >= at_once or (live[id] and live[id] >= (most[id] or sys.maxsize)):
             waiting.append(one)
             continue
         running.append(one)

@@ -156,7 +156,7 @@ def test_a_model_behind_an_api_stands_in_the_table_of_policies(server, tmp_path,
     assert result.exit_code == 0, result.output
     expert, api = json.loads(result.stdout)["policies"]
     assert (api["policy"], api["success"], api["errors"]) == ("api:oracle", 1.0, 0)
-    assert api["turns"] >= 3 and api["api"]["requests"] > 0 and "api" not in expert
+    assert api["turns"] >= 3 and api["spent"]["requests"] > 0 and "requests" not in expert["spent"]
     told = sum(server.told.values())
     again = CliRunner().invoke(app, [*arguments, "--key-env", "DESK_KEY", "--out", str(tmp_path), "--json"])
     assert json.loads(again.stdout)["policies"][1]["success"] == 1.0

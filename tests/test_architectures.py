@@ -30,7 +30,7 @@ from opd_agents.policies.models import (
     save_checkpoint,
 )
 from opd_agents.runs import RunFolder
-from opd_agents.session import load_session
+from opd_agents.starting import load_session
 from opd_agents.trainer import train
 
 SMALL = {

@@ -20,6 +20,7 @@ from opd_agents.errors import UserError
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import cases
+import correction
 import environments
 import fuzz
 import gpu
@@ -356,3 +357,22 @@ def test_the_teachers_benchmark_scores_the_same_in_all_arms(tmp_path: Path) -> N
     shares = {row["arm"]: row["share"]["median"] for row in rows["step"]}
     assert list(shares) == ["local, played", "local, stored", "cached, stored"]
     assert all(0 < share < 1 for share in shares.values())
+
+
+def test_the_correction_benchmark_audits_every_proposal_and_goes_back_in_all_ways(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(correction, "PROOFS", {"1, 2": [1, 2]})
+    monkeypatch.setattr(correction, "AUDIT", {"share": 1.0, "rollouts": 1})
+    monkeypatch.setattr(correction, "CASES", correction.CASES[:2])
+    rows = {"repairs": correction.repairs(8), "returning": correction.returning(1)}
+    told = [(row["arm"], row["proof"]) for row in rows["repairs"]]
+    teachers = ("shipped teacher", "scripted expert", "random calls")
+    assert told == [(name, proof) for name in teachers for proof in ("none", "1, 2")]
+    for every, proved in zip(rows["repairs"][::2], rows["repairs"][1::2], strict=True):
+        assert every["accepted"] == proved["proposed"] > 0
+        assert 3 * 1 * proved["proposed"] <= proved["rollouts"] <= 3 * 2 * proved["proposed"]
+    assert all(row["ratio"]["median"] > 0 for row in rows["returning"])
+    assert [row["depth"] for row in rows["returning"]] == [*correction.DEPTHS] * 2
+    page = correction.page({name: {"rows": part} for name, part in rows.items()})
+    assert "| random calls " in page and "| ShopText " in page

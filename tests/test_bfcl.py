@@ -95,6 +95,21 @@ def test_the_official_calls_succeed_on_every_tenth_task(multi: BfclMultiTurn) ->
 def test_the_official_answers_are_accepted_but_for_seven(single: BfclSingle) -> None:
     refused = {entry["id"] for entry in entries(single) if not judge(entry, solution(entry))}
     assert refused == IMPOSSIBLE
+    told = set()
+    for source in load_suite("bfcl_single").environments:
+        env = BfclSingle(**source.options)
+        told |= {entries(env)[int(task)]["id"] for task in source.known_bad}
+    assert told == IMPOSSIBLE
+
+
+def test_the_suites_bad_multi_turn_task_wants_what_its_tool_does_not_give() -> None:
+    for source in load_suite("bfcl_multiturn").environments:
+        env = BfclMultiTurn(**source.options)
+        (task,) = map(int, source.known_bad)
+        begin(env, task)
+        wanted = str(entries(env)[task]["gold"][-1]).split("content='")[1].split("'")[0]
+        result = env.step('{"name": "sort", "arguments": {"file_name": "report.txt"}}')[0]
+        assert "sorted_content" in result and wanted not in result
 
 
 def changed(calls: list[ToolCall], rng: random.Random, env: BfclMultiTurn) -> list[list[ToolCall]]:

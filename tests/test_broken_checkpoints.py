@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from opd_agents.chat import Chat
 from opd_agents.config import load_config
 from opd_agents.errors import CheckpointError, ConfigError, RunFolderError
-from opd_agents.evaluation.evaluate import load_contestant
+from opd_agents.evaluation.contestants import load_contestant
 from opd_agents.export import export
 from opd_agents.policies.models import (
     build_model,

@@ -17,7 +17,7 @@ from opd_agents.config import load_config
 from opd_agents.config.loading import RunConfig
 from opd_agents.errors import AlignmentError, CheckpointError, ConfigError
 from opd_agents.runs import RunFolder
-from opd_agents.session import load_session
+from opd_agents.starting import load_session
 from opd_agents.teachers.cache import Cache
 from opd_agents.teachers.cached import CachedTeacher
 from opd_agents.trainer import train

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from opd_agents import cli
+from opd_agents import cli, cli_rollout
 from opd_agents.config import list_methods
 from opd_agents.errors import AlignmentError, UserError
 
@@ -214,7 +214,7 @@ def test_an_interrupted_rollout_keeps_the_episodes_that_ended(
         if len(shown) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "show_outcome", interrupt)
+    monkeypatch.setattr(cli_rollout, "show_outcome", interrupt)
     file.unlink()
     assert run(*command).exit_code == 1
     kept = (tmp_path / "played.jsonl.part").read_text().splitlines()

@@ -83,8 +83,8 @@ def terms_of(frozen):
 
 
 def test_a_reference_that_had_nothing_to_say_agrees_with_the_student():
-    entropy, rank = torch.tensor([1.5, 1.25]), torch.tensor([3.0, 2.0])
-    terms = ReferenceTerms(torch.tensor([-1.0, -2.0]), torch.tensor([0.5, 0.7]), entropy, rank)
+    entropy, rank, overlap = torch.tensor([1.5, 1.25]), torch.tensor([3.0, 2.0]), torch.tensor([0.25, 0.5])
+    terms = ReferenceTerms(torch.tensor([-1.0, -2.0]), torch.tensor([0.5, 0.7]), entropy, rank, overlap)
     single = ReferenceTerms(terms.logprob, None, None, None)
     told = {"teacher": terms, "api": single, "other": terms}
     frozen = FrozenTerms(torch.tensor([-3.0, -4.0]), torch.tensor([0.75, 0.5]), told)
@@ -95,8 +95,9 @@ def test_a_reference_that_had_nothing_to_say_agrees_with_the_student():
         [0.5, 0.0],
         [1.5, 0.5],
         [3.0, 0.0],
+        [0.25, 1.0],
     ]
-    assert heard["api"].logprob.tolist() == [-1.0, -4.0] and heard["api"][1:] == (None, None, None)
+    assert heard["api"].logprob.tolist() == [-1.0, -4.0] and heard["api"][1:] == (None, None, None, None)
     assert heard["other"] is terms
 
 

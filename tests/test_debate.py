@@ -19,7 +19,7 @@ from opd_agents.episode import Limits
 from opd_agents.errors import ConfigError
 from opd_agents.policies.base import Action, History
 from opd_agents.runs import RunFolder
-from opd_agents.session import load_session
+from opd_agents.starting import load_session
 from opd_agents.teachers.debate import Debaters
 from opd_agents.teaching import check_references
 from opd_agents.trainer import train

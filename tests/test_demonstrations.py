@@ -19,7 +19,7 @@ from opd_agents.experience import Experience
 from opd_agents.frozen import FrozenTerms
 from opd_agents.playing import play_step
 from opd_agents.policies import ExpertPolicy
-from opd_agents.session import check_inputs
+from opd_agents.starting import check_inputs
 from opd_agents.trainer import train
 from opd_agents.types import Actor, Outcome, Trajectory, from_dict, to_dict
 

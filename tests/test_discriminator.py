@@ -33,7 +33,7 @@ from opd_agents.playing import play_step
 from opd_agents.policies.adapters import add_adapter
 from opd_agents.rollout import rollout
 from opd_agents.runs import RunFolder
-from opd_agents.session import check_inputs, load_session
+from opd_agents.starting import check_inputs, load_session
 from opd_agents.trainer import train
 from opd_agents.types import Outcome, Trajectory
 from opd_agents.updates import update, update_discriminator

@@ -26,7 +26,7 @@ from opd_agents.errors import ConfigError
 from opd_agents.evaluation import load_suite
 from opd_agents.evaluation.suites import Suite
 from opd_agents.runs import RunFolder
-from opd_agents.session import check_inputs, load_session
+from opd_agents.starting import check_inputs, load_session
 from opd_agents.teachers.local import LocalTeacher
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -138,7 +138,12 @@ def test_a_command_is_one_that_there_is(
         load_suite(given["suite"])
     elif name == "envs" and given["env_id"] == "install":
         assert given["benchmark"] in PACKAGES
-    elif name in ("rollout", "envs") and given["env_id"]:
+    elif name == "rollout" and given["explain"]:
+        subject = given["subject"]
+        assert subject.startswith("runs/") or load_config(subject, *given["overrides"] or ())
+    elif name == "rollout":
+        assert given["subject"] in known
+    elif name == "envs" and given["env_id"]:
         assert given["env_id"] in known
     elif name == "methods" and given["name"]:
         method_text(given["name"])

@@ -14,7 +14,8 @@ from opd_agents.batch import pack
 from opd_agents.config.loading import RunConfig
 from opd_agents.errors import ConfigError
 from opd_agents.runs import RunFolder
-from opd_agents.session import Session, load_session
+from opd_agents.session import Session
+from opd_agents.starting import load_session
 from opd_agents.teachers import SampledLogprobs, TeacherTopK
 from opd_agents.teachers.ensemble import MixtureHead
 from opd_agents.trainer import train

@@ -1,44 +1,21 @@
 import json
-import math
+import shutil
 
 import pytest
-from rolling import DESK, trajectory, turn
+import torch
+from rolling import DESK
+from tiny import timeless
 from toy_envs import Counter
 
 from opd_agents import envs
 from opd_agents.config import load_config
 from opd_agents.errors import CheckpointError, ConfigError, UnknownName, UserError
-from opd_agents.evaluation import evaluate, load_suite, play, summarise
-from opd_agents.evaluation.evaluate import load_contestant
-from opd_agents.evaluation.metrics import wilson
+from opd_agents.evaluation import contestants, evaluate, load_suite, play
+from opd_agents.evaluation.contestants import load_contestant
+from opd_agents.evaluation.rates import wilson
+from opd_agents.evaluation.suites import SUITES
 from opd_agents.policies.models import save_checkpoint
-from opd_agents.session import check_inputs
-from opd_agents.types import Outcome
-
-Z = 1.959963984540054
-
-
-@pytest.mark.parametrize(("wins", "n"), [(0, 10), (3, 10), (10, 10), (171, 200), (1, 1)])
-def test_the_wilson_interval_is_the_formulas(wins, n):
-    p, spread = wins / n, Z * math.sqrt(wins / n * (1 - wins / n) / n + Z * Z / (4 * n * n))
-    centre, scale = p + Z * Z / (2 * n), 1 + Z * Z / n
-    assert wilson(wins, n) == pytest.approx([(centre - spread) / scale, (centre + spread) / scale], abs=1e-6)
-
-
-def test_figures_are_means_per_sampled_episode():
-    good, bad = turn([1], [2, 3]), turn([1], [2], parse_error="no JSON")
-    sampled = [
-        trajectory([good, bad], outcome=Outcome.SUCCESS),
-        trajectory([bad, bad, good], outcome=Outcome.FAILURE),
-        trajectory([], outcome=Outcome.ERROR, error="broken"),
-        trajectory([good], outcome=Outcome.UNFINISHED),
-    ]
-    row = summarise(sampled, [trajectory([good], outcome=Outcome.SUCCESS)] * 3 + sampled[1:2])
-    assert row == {
-        "episodes": 4, "success": 0.25, "interval": wilson(1, 4), "success_greedy": 0.75,
-        "interval_greedy": wilson(3, 4), "turns": 1.5, "invalid_calls": 0.75, "errors": 1,
-        "tokens_per_episode": (3 + 4 + 0 + 2) / 4,
-    }  # fmt: skip
+from opd_agents.starting import check_inputs
 
 
 class Failing(Counter):
@@ -93,14 +70,19 @@ def test_evaluate_gives_a_row_for_each_policy(suite, checkpoint, tmp_path):
     assert chance["success"] < 1 and student["success"] == 0 and student["tokens_per_episode"] > 0
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == result
     lines = (tmp_path / "out" / "eval-expert.jsonl").read_text().splitlines()
+    assert expert["spent"].keys() == {"seconds"} and student["spent"]["flops"] > 0
+    assert [row["difference"] for row in result["comparisons"]] == [chance["success"] - 1, -1.0]
+    assert result["how"]["policies"][run]["checkpoint"] == str(checkpoint)
     tasks = [json.loads(line)["trajectory"]["task"] for line in lines]
     assert tasks == [{"id": str(i), "split": "test"} for i in range(4)]  # four tasks, one sample each
 
 
 def test_evaluation_is_reproducible_and_seeded(suite, checkpoint):
-    once = evaluate(suite(), [str(checkpoint), "random"], limit=3)
-    assert evaluate(suite(), [str(checkpoint), "random"], limit=3) == once
-    assert evaluate(suite(), [str(checkpoint), "random"], limit=3, seed=1) != once
+    policies = [str(checkpoint), "random"]
+    once = timeless(evaluate(suite(), policies, limit=3))
+    assert timeless(evaluate(suite(), policies, limit=3)) == once
+    assert timeless(evaluate(suite(), policies, limit=3, seed=1))["policies"] != once["policies"]
+    assert timeless(evaluate(suite(), policies, limit=3, concurrency=2))["policies"][1] == once["policies"][1]
 
 
 def test_failed_episodes_are_counted(suite):
@@ -198,3 +180,140 @@ def test_playing_shows_each_episode(checkpoint):
     played = play(DESK, "expert", episodes=3, watch=seen.append)
     assert [t.task.id for t in played] == ["0", "1", "2"] and all(t.success for t in played)
     assert sorted(t.uid for t in seen) == ["0", "1", "2"]
+
+
+def test_a_suite_says_which_tasks_and_how_often(suite):
+    text = """
+samples: 3
+environments:
+  - {id: opd_agents/OrderDesk-v0, tasks: [5, "0"], options: {level: easy}}
+  - {id: tests/Counting-v0, tasks: 1, split: train}
+"""
+    loaded = load_suite(suite(text))
+    once, thrice = (loaded.episodes("test", None, 0, samples) for samples in (1, 3))
+    told = [(e.env_id, e.task.id, e.task.split) for e in once]
+    assert told == [(DESK, "5", "test"), ("tests/Counting-v0", "0", "train"), (DESK, "0", "test")]
+    assert thrice[::3] == once  # the first samples are those of one each
+    assert len({(e.seed, e.stream) for e in thrice}) == len({e.uid for e in thrice}) == 9
+    (row,) = evaluate(suite(text), ["random"])["policies"]
+    assert (row["tasks"], row["episodes"], list(row["pass_at"])) == (3, 9, ["1", "2", "3"])
+    (row,) = evaluate(suite(text), ["random"], limit=2)["policies"]
+    assert (row["tasks"], row["episodes"]) == (2, 2)
+    (row,) = evaluate(suite(text), ["random"], limit=2, samples=2)["policies"]
+    assert (row["tasks"], row["episodes"]) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ("{id: tests/Counting-v0, tasks: [9999999]}", "there is no task 9999999"),
+        ("{id: tests/Counting-v0, tasks: [1, 1]}", "stands twice"),
+        ("{id: tests/Counting-v0, tasks: []}", "environments.0.tasks"),
+        ("{id: tests/Counting-v0, split: trian}", "'train'"),
+    ],
+)
+def test_tasks_that_are_not_there_are_refused(suite, environment, message):
+    with pytest.raises(UserError, match=message):
+        evaluate(suite(f"environments: [{environment}]"), ["random"])
+
+
+def test_training_cannot_reach_test_tasks_through_a_suite(suite):
+    loaded = load_suite(suite("environments: [{id: tests/Counting-v0, split: test}]"))
+    with pytest.raises(ConfigError, match="`test`, which is for `opd-agents evaluate` alone"):
+        loaded.episodes("validation", None, 0)
+    assert loaded.episodes("test", 1, 0)
+
+
+def test_every_shipped_suite_can_be_read():
+    names = [e.name.removesuffix(".yaml") for e in SUITES.iterdir() if e.name.endswith(".yaml")]
+    suites = {name: load_suite(name) for name in names}
+    assert set(suites) >= {
+        *("orderdesk", "lockchain", "codefix", "humaneval_multiturn", "shop", "miniwob", "babyai", "smoke"),
+        *("bfcl_multiturn", "bfcl_single", "scienceworld", "textworld", "reasoning_gym"),
+    }
+    known = set(envs.list_envs())
+    for name, one in suites.items():
+        assert one.title and {e.id for e in one.environments} <= known, name
+        assert len(one.labels()) == len(one.environments), name
+
+
+def test_the_expert_solves_the_smoke_suite_and_it_takes_seconds():
+    result = evaluate("smoke", ["expert"])
+    (row,) = result["policies"]
+    assert (row["success"], row["errors"], row["tasks"]) == (1.0, 0, 20)
+    assert row["spent"]["seconds"] < 20 and len(row["by"]["environment"]) == 5
+
+
+def test_a_folder_of_seeds_stands_for_its_runs(suite, checkpoint, tmp_path):
+    for seed in (0, 2):
+        shutil.copytree(checkpoint.parent.parent, tmp_path / "x" / f"seed-{seed}")
+    result = evaluate(suite(), ["expert", str(tmp_path / "x")], limit=2, gates=["success >= baseline - 1"])
+    assert [row["policy"] for row in result["policies"]] == [
+        "expert", f"{tmp_path}/x/seed-0", f"{tmp_path}/x/seed-2"
+    ]  # fmt: skip
+    (row,) = result["seeds"]
+    assert (row["seeds"], row["success"]["mean"]) == ([0, 2], 0.0)
+    assert [gate["passed"] for gate in result["gates"]] == [True] and len(result["comparisons"]) == 2
+
+
+def test_who_played_is_told_without_a_password(checkpoint, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", "https://me:secret@models.example/v1")
+    assert contestants.identity("api:m", contestants.DEFAULT) == {
+        "kind": "api", "model": "m", "base_url": "https://models.example/v1"
+    }  # fmt: skip
+    one, other = (
+        contestants.identity(str(p), contestants.DEFAULT) for p in (checkpoint, checkpoint.parent.parent)
+    )
+    assert one == other and one["weights"]
+
+
+class Served:
+    """Answers as a vLLM server of ``model`` does, the most probable tokens."""
+
+    place = "sampler"
+
+    def __init__(self, model):
+        self.model = model
+
+    def complete(self, bodies, keys):
+        return [self._choice(body) for body in bodies]
+
+    @torch.inference_mode()
+    def _choice(self, body):
+        ids = list(body["prompt"])
+        for _ in range(body["max_tokens"]):
+            ids.append(int(self.model(torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] in body["stop_token_ids"]:
+                break
+        new = ids[len(body["prompt"]) :]
+        return {"token_ids": new, "logprobs": {"token_logprobs": [-1.0] * len(new)}, "finish_reason": "stop"}
+
+
+def test_models_act_on_vllm_as_they_do_here(suite, checkpoint, student, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(contestants, "_completes", lambda *given: asked.append(given) or Served(student))
+    for sampler in ("transformers", "vllm"):
+        evaluate(suite(), [str(checkpoint)], limit=2, sampler=sampler, out=tmp_path / sampler)
+    here, there = (
+        [json.loads(line)["trajectory"] for line in next(folder.glob("*.greedy.jsonl")).open()]
+        for folder in (tmp_path / "transformers", tmp_path / "vllm")
+    )
+    assert [t["action_ids"] for one in here for t in one["turns"]] == [
+        t["action_ids"] for one in there for t in one["turns"]
+    ]  # fmt: skip
+    [(path, _, vllm)] = asked
+    assert path == str(checkpoint) and (vllm.urls, vllm.max_tokens) == ((), 60)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"sampler": "vlm"}, "transformers or vllm"),
+        ({"servers": ["http://127.0.0.1:1"]}, "add --sampler vllm"),
+        ({"sampler": "vllm", "servers": ["here"]}, "no address"),
+        ({"temperature": 0.0}, "temperature"),
+    ],
+)
+def test_samplers_that_cannot_be_are_refused(suite, checkpoint, given, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate(suite(), [str(checkpoint)], **given)

@@ -22,7 +22,7 @@ from opd_agents.frozen import frozen_terms
 from opd_agents.policies.adapters import adapter_off, add_adapter
 from opd_agents.policies.models import backward_flops, forward_flops, load_merged, load_model, save_checkpoint
 from opd_agents.runs import latest_checkpoint
-from opd_agents.session import load_session
+from opd_agents.starting import load_session
 from opd_agents.teachers.self_teacher import self_teacher
 from opd_agents.trainer import train
 from opd_agents.types import Actor

@@ -33,7 +33,8 @@ from opd_agents.config import load_config
 from opd_agents.experience import Experience
 from opd_agents.optimizers import ModelOptimizer
 from opd_agents.runs import RunFolder
-from opd_agents.session import Session, load_session
+from opd_agents.session import Session
+from opd_agents.starting import load_session
 from opd_agents.trainer import train_step
 from opd_agents.types import Outcome, Trajectory
 

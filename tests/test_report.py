@@ -172,8 +172,10 @@ def write_opd_stage(
         if step == 31:  # of a run without that rival
             del arms["retry"]
             repair["evidence"] = arms | {"better": 0.98}
+            repair["audit"] = {"repair": [20, 32], "own": [7, 32], "better": 0.999}
         repair |= {"student_action": json.dumps({"name": "refund", "arguments": {"order_id": NASTY}})}
         repair |= {"teacher_action": json.dumps({"name": "cancel_order", "arguments": {"order_id": "O9"}})}
+        repair["then"] = {**repair, "turn": 5, "accepted": False} if step == 31 else None
         parent = episode(str(step), False, f"e{step}")
         rows = [
             line(rng, episode("5", True, "plain")),
@@ -296,6 +298,9 @@ def test_turns_show_calls_kl_and_flags(report: Path) -> None:
     assert "5 failed before and succeed after, 1 succeeded before and fail after" in words
     assert "1 of 8 rollouts succeed (12.5 %)" in found.text and "tried again: 2 of 8" in found.text
     assert "6 of 8 rollouts succeed (75.0 %)" in found.text and "probability 0.980" in found.text
+    assert "audit: 20 of 32 rollouts succeed" in words and "audit: 7 of 32" in words
+    assert words.count("A run after this failed, too, and was corrected at turn 6: rejected") == 1
+    assert "The teacher's action in the same state" in words
     assert found.count("div", "kl") > 20
 
 

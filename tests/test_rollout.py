@@ -462,7 +462,13 @@ def test_environments_in_threads_step_side_by_side():
 
 @pytest.mark.usefixtures("fresh_waiting")
 @pytest.mark.parametrize(
-    ("cls", "limits", "most"), [(FewAtOnce, LIMITS, 2), (Waiting, Limits(max_live=3), 3)]
+    ("cls", "limits", "most"),
+    [
+        (FewAtOnce, LIMITS, 2),
+        (Waiting, Limits(max_live=3), 3),
+        (Waiting, Limits(concurrency=4), 4),
+        (FewAtOnce, Limits(concurrency=4), 2),
+    ],
 )
 def test_no_more_environments_live_than_may(cls, limits, most):
     uids = [str(i) for i in range(7)]

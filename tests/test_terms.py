@@ -142,8 +142,26 @@ def test_what_is_not_known_of_a_reference_is_not_told() -> None:
     references = case.terms(statistics=True).references
     assert list(references) == ["full", "other", "top", "sampled"]
     for name in ("top", "sampled"):
-        assert references[name][1:] == (None, None, None)
+        assert references[name][1:] == (None, None, None, None)
         torch.testing.assert_close(references[name].logprob, references["full"].logprob, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("k", [1, K, V, V + 1])
+def test_the_overlap_of_what_is_most_probable(k: int) -> None:
+    """Row by row; a target that gives fewer is compared with as many, and chunks change nothing."""
+    case = Case()
+    references = case.terms({}, statistics=True, overlap=k).references
+    student = (case.hidden @ case.weight.T).softmax(-1).detach()
+    teacher = case.states["t"] @ case.teacher_weight.T.detach()
+    for name, size in (("full", min(k, V)), ("top", min(k, K))):
+        shared = []
+        for q, p in zip(student.tolist(), teacher.tolist(), strict=True):
+            mine, theirs = (sorted(range(V), key=row.__getitem__)[-size:] for row in (q, p))
+            shared.append(sum(q[i] for i in mine if i in theirs) / sum(q[i] for i in mine))
+        torch.testing.assert_close(references[name].overlap, torch.tensor(shared, dtype=torch.float64))
+    assert references["sampled"].overlap is None
+    parts = case.terms({}, statistics=True, overlap=k, chunk_elements=5 * V).references
+    torch.testing.assert_close(parts["full"].overlap, references["full"].overlap)
 
 
 @pytest.mark.parametrize("tail", ["bucket", "sampled", "none"])

@@ -17,7 +17,7 @@ from opd_agents.config import Select, load_config
 from opd_agents.credit import assign_credit
 from opd_agents.episode import Limits
 from opd_agents.errors import AlignmentError, ConfigError
-from opd_agents.evaluation.evaluate import load_contestant
+from opd_agents.evaluation.contestants import load_contestant
 from opd_agents.experience import Experience
 from opd_agents.frozen import check_behaviour, frozen_terms
 from opd_agents.loss import micro_losses

@@ -24,7 +24,7 @@ from opd_agents.errors import (
 )
 from opd_agents.progress import Interrupted, StopSignal
 from opd_agents.runs import checkpoints_in, latest_checkpoint
-from opd_agents.session import load_session
+from opd_agents.starting import load_session
 from opd_agents.teachers import Capability, SampledLogprobs
 from opd_agents.teachers.local import LocalTeacher
 from opd_agents.trainer import train, train_seeds

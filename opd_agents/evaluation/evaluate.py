@@ -3,86 +3,67 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from opd_agents import envs
-from opd_agents.chat import Chat
 from opd_agents.config import Endpoint, EnvironmentSource
 from opd_agents.distributed import ALONE, World
 from opd_agents.episode import Episode, Limits
-from opd_agents.errors import UnknownName, UserError
-from opd_agents.evaluation.metrics import summarise
+from opd_agents.errors import ConfigError, UserError
+from opd_agents.evaluation.comparing import Entry, Played
+from opd_agents.evaluation.contestants import (
+    DEFAULT,
+    Contestant,
+    identity,
+    load_contestant,
+    on_vllm,
+    runs_of,
+)
+from opd_agents.evaluation.gates import parse_gate
+from opd_agents.evaluation.records import Records, begin, stem
+from opd_agents.evaluation.results import summary, versions
 from opd_agents.evaluation.suites import Suite, load_suite
-from opd_agents.policies.base import ExpertPolicy, Policy, RandomPolicy
 from opd_agents.rollout import rollout
-from opd_agents.runs import latest_checkpoint, trajectory_row, write_whole
+from opd_agents.runs import write_whole
 from opd_agents.tasks import split_sizes
-from opd_agents.types import Actor, Task, Trajectory, to_json
+from opd_agents.types import Task, Trajectory
 
-if TYPE_CHECKING:
-    from opd_agents.api import ApiClient
-
-SCRIPTED: dict[str, Callable[[], Policy]] = {"expert": ExpertPolicy, "random": RandomPolicy}
-DEFAULT = Endpoint()  # where the environment's variables say
 ANSWERS = "answers.sqlite"
-API = "api:"  # before the name of a model behind an endpoint
 
 
 @dataclass(frozen=True, slots=True)
-class Contestant:
-    """A policy under evaluation; ``chat`` is None for one that does not sample tokens, ``client`` is that
-    of a model behind an API."""
+class Plan:
+    """What each policy plays: ``sampled`` and ``greedy`` episodes, one greedy for each task."""
 
-    name: str
-    sampled: Policy
-    greedy: Policy
-    chat: Chat | None
-    client: ApiClient | None = None
+    suite: Suite
+    sampled: Sequence[Episode]
+    greedy: Sequence[Episode]
 
-
-def load_contestant(
-    name: str, temperature: float, endpoint: Endpoint = DEFAULT, store: Path | None = None
-) -> Contestant:
-    """``expert``, ``random``, ``api:MODEL`` (at ``endpoint``, its answers kept in ``store``), a checkpoint
-    directory, or a run folder (its newest checkpoint); a model acts in the dtype of its weights."""
-    if name in SCRIPTED:
-        policy = SCRIPTED[name]()
-        return Contestant(name, policy, policy, None)
-    if name.startswith(API):
-        return _api_contestant(name, temperature, endpoint, store)
-    if not Path(name).exists():
-        raise UnknownName("policy", name, SCRIPTED, "opd-agents evaluate --help")
-    from opd_agents.policies.models import fit_vocabulary, load_chat, load_model, load_tokenizer, saved_dtype
-
-    path = str(latest_checkpoint(Path(name)))
-    tokenizer = load_tokenizer(path)
-    model = load_model(path, saved_dtype(Path(path)) or "float32")
-    fit_vocabulary(model, tokenizer, path)
-    return model_contestant(name, model, load_chat(path, tokenizer), temperature, Actor.STUDENT)
+    def rollout(
+        self,
+        contestant: Contestant,
+        greedy: bool,
+        on_finished: Callable[[Trajectory], None] = lambda trajectory: None,
+    ) -> Callable[[Sequence[Episode]], list[Trajectory]]:
+        """Plays episodes of one of the two kinds."""
+        return partial(
+            rollout, policy=contestant.greedy if greedy else contestant.sampled, make=envs.launch,
+            chat=contestant.chat, limits=self.suite.rollout_limits(),
+            temperature=0.0 if greedy else self.suite.temperature, on_finished=on_finished,
+        )  # fmt: skip
 
 
-def _api_contestant(name: str, temperature: float, endpoint: Endpoint, store: Path | None) -> Contestant:
-    from opd_agents.api import ApiClient
-    from opd_agents.policies.api import ApiPolicy
-
-    client = ApiClient(name.removeprefix(API), endpoint, store=store)
-    sampled, greedy = (ApiPolicy(client, actor=Actor.STUDENT, temperature=t) for t in (temperature, 0.0))
-    return Contestant(name, sampled, greedy, None, client)
-
-
-def model_contestant(name: str, model: Any, chat: Chat, temperature: float, actor: Actor) -> Contestant:
-    from opd_agents.policies.sampler import TransformersSampler
-
-    sampled, greedy = (
-        TransformersSampler(model, chat.end_ids, actor=actor, temperature=t, thinking=chat.thinking)
-        for t in (temperature, 0.0)
-    )
-    return Contestant(name, sampled, greedy, chat)
+def plan(suite: Suite, split: str, limit: int | None, seed: int, samples: int | None = None) -> Plan:
+    """``samples`` of None: the suite's, and one where a ``limit`` makes it short. Raises as
+    :meth:`Suite.chosen`."""
+    many = samples or (suite.samples if limit is None else 1)
+    return Plan(suite, suite.episodes(split, limit, seed, many), suite.episodes(split, limit, seed))
 
 
 def run_suite(
@@ -95,15 +76,10 @@ def run_suite(
     on_finished: Callable[[Trajectory], None] = lambda trajectory: None,
     world: World = ALONE,
 ) -> tuple[list[Trajectory], list[Trajectory]]:
-    """One sampled and one greedy episode per task, shared out among the processes of ``world``."""
-    results = []
-    for policy, temperature in ((contestant.sampled, suite.temperature), (contestant.greedy, 0.0)):
-        play = partial(
-            rollout, policy=policy, make=envs.launch, chat=contestant.chat, limits=suite.rollout_limits(),
-            temperature=temperature, on_finished=on_finished,
-        )  # fmt: skip
-        results.append(world.shared(suite.episodes(split, limit, seed), play))
-    return results[0], results[1]
+    """The sampled and the greedy episodes, shared out among the processes of ``world``."""
+    asked = plan(suite, split, limit, seed)
+    sampled = world.shared(asked.sampled, asked.rollout(contestant, False, on_finished))
+    return sampled, world.shared(asked.greedy, asked.rollout(contestant, True, on_finished))
 
 
 def evaluate(
@@ -116,32 +92,88 @@ def evaluate(
     seed: int = 0,
     options: Mapping[str, Any] = MappingProxyType({}),
     endpoint: Endpoint = DEFAULT,
+    samples: int | None = None,
+    temperature: float | None = None,
+    concurrency: int | None = None,
+    sampler: str = "transformers",
+    servers: Sequence[str] = (),
+    gates: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Evaluate ``policies`` on the test tasks of a suite, or of an environment made with ``options``; the
     command line's ``evaluate``.
 
-    With ``out`` the figures and all trajectories are written there, and the answers of models at ``endpoint``
-    (``api:MODEL``), which are then paid for once. Raises UserError for unknown names before anything runs.
+    Every policy plays the same tasks, ``samples`` times (None: the suite's number, 1 with a ``limit``) at
+    ``temperature`` and once greedily. The first policy is the baseline that others are compared with and
+    that ``gates`` may name. A folder of seeds stands for its runs. With ``out`` every episode is written
+    there as it ends, an equal call goes on from them, and a model behind ``endpoint`` (``api:MODEL``) is paid
+    once for an answer. Raises UserError for unknown names before anything runs.
     """
-    loaded = load_suite(suite, options)
-    store = Path(out) / ANSWERS if out is not None else None
-    contestants = [load_contestant(name, loaded.temperature, endpoint, store) for name in policies]
-    rows = []
-    for contestant in contestants:
-        sampled, greedy = run_suite(contestant, loaded, split=split, limit=limit, seed=seed)
-        rows.append({"policy": contestant.name} | summarise(sampled, greedy))
-        if contestant.client is not None:
-            rows[-1]["api"] = {key: value for key, value in contestant.client.counts.items() if value}
-        if out is not None:
-            folder = Path(out)
-            folder.mkdir(parents=True, exist_ok=True)
-            stem = contestant.name.strip("/").replace("/", "-")
-            lines = (to_json(trajectory_row(t)) for t in sampled)
-            write_whole(folder / f"eval-{stem}.jsonl", "\n".join(lines) + "\n")
-    result = {"suite": loaded.name, "split": split, "policies": rows}
-    if out is not None:
-        write_whole(Path(out) / "evaluation.json", json.dumps(result, indent=1) + "\n")
+    loaded = _asked(load_suite(suite, options), temperature, concurrency)
+    entries = [Entry(name, runs_of(name)) for name in dict.fromkeys(policies)]
+    if not entries:
+        raise ConfigError("No policy was given. Name one or more, such as expert, random, or a run folder.")
+    everyone = list(dict.fromkeys(policy for entry in entries for policy in entry.policies.values()))
+    vllm = on_vllm(sampler, servers, everyone, loaded.limits.max_context_tokens)
+    asked = plan(loaded, split, limit, seed, samples)
+    many = len(asked.sampled) // len(asked.greedy)
+    conditions = [parse_gate(gate, len(entries), many) for gate in gates]
+    who = {name: identity(name, endpoint) for name in everyone}
+    how = {
+        "suite": loaded.model_dump(mode="json"), "split": split, "limit": limit, "seed": seed,
+        "samples": many, "sampler": sampler,
+    }  # fmt: skip
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        begin(folder, how, who)
+    store = folder and folder / ANSWERS
+    played = {
+        name: _play_all(
+            asked, partial(load_contestant, name, loaded.temperature, endpoint, store, vllm),
+            folder and folder / f"eval-{stem(name)}",
+        )
+        for name in everyone
+    }  # fmt: skip
+    result = summary(loaded, entries, played, conditions) | {
+        "split": split, "how": how | {"policies": who, "versions": versions()}
+    }  # fmt: skip
+    if folder is not None:
+        write_whole(folder / "evaluation.json", json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _asked(suite: Suite, temperature: float | None, concurrency: int | None) -> Suite:
+    """The suite with what the call changes."""
+    limits = suite.limits.model_dump() | ({"concurrency": concurrency} if concurrency else {})
+    changes = {"limits": limits} | ({} if temperature is None else {"temperature": temperature})
+    try:
+        return Suite.model_validate(suite.model_dump() | changes)
+    except ValueError as error:
+        raise ConfigError(f"--temperature or --concurrency cannot be used: {error}") from None
+
+
+def _play_all(asked: Plan, load: Callable[[], Contestant], stem: Path | None) -> Played:
+    """All episodes of a policy; those that ``stem``.jsonl and ``stem``.greedy.jsonl hold are not played
+    again, and a policy with nothing left to play is not loaded."""
+    contestant = cache(load)
+    results, spent = [], dict[str, float]()
+    for greedy, episodes, ending in ((False, asked.sampled, ".jsonl"), (True, asked.greedy, ".greedy.jsonl")):
+        records = Records(stem and stem.with_name(stem.name + ending))
+        missing = [episode for episode in episodes if episode.uid not in records.done]
+        if missing:
+            who = contestant()
+            keep = partial(_keep, records, who, time.perf_counter(), who.spent())
+            asked.rollout(who, greedy, keep)(missing)
+        results.append(records.finish([episode.uid for episode in episodes]))
+        spent = {key: spent.get(key, 0) + records.spent.get(key, 0) for key in (*spent, *records.spent)}
+    return Played(results[0], results[1], spent)
+
+
+def _keep(
+    records: Records, who: Contestant, started: float, before: Mapping[str, float], trajectory: Trajectory
+) -> None:
+    """Record an episode, with what has been spent since the first began."""
+    since = {key: value - before.get(key, 0) for key, value in who.spent().items()}
+    records.add(trajectory, {"seconds": round(time.perf_counter() - started, 3)} | since)
 
 
 def play(

@@ -1,43 +1,88 @@
-"""Figures of a set of episodes."""
+"""Figures of a set of episodes. An *error* of an agent is a turn whose text was no valid action, or in which
+the environment refused a call or a tool failed; an episode that the environment itself broke is in ``errors``
+and counts as no success."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
-from opd_agents.types import Outcome, Trajectory
+from opd_agents.evaluation.rates import bootstrap, pass_all, pass_at, wilson
+from opd_agents.types import Outcome, Trajectory, to_json
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-
-# Spent on making a policy, by its key, with the column's label.
-COSTS = {"generated_tokens": "tokens", "teacher_tokens": "teacher", "flops": "FLOPs", "seconds": "seconds"}
+TaskKey: TypeAlias = tuple[str, str, str, str]  # environment, its arguments, split, id
 
 
-def wilson(successes: int, episodes: int) -> list[float]:
-    """95 % Wilson score interval of a success rate."""
-    from scipy.stats import binomtest
+def task_key(trajectory: Trajectory) -> TaskKey:
+    """Which task an episode was of."""
+    task = trajectory.task
+    return trajectory.env_id, to_json(trajectory.env_kwargs), task.split, task.id
 
-    interval = binomtest(successes, episodes).proportion_ci(0.95, method="wilson")
-    return [round(float(interval.low), 6), round(float(interval.high), 6)]
+
+def by_task(trajectories: Iterable[Trajectory]) -> dict[TaskKey, list[Trajectory]]:
+    """The episodes of each task, both in the order given."""
+    found: dict[TaskKey, list[Trajectory]] = {}
+    for trajectory in trajectories:
+        found.setdefault(task_key(trajectory), []).append(trajectory)
+    return found
 
 
 def summarise(sampled: Sequence[Trajectory], greedy: Sequence[Trajectory]) -> dict[str, Any]:
-    """``success``, ``turns``, ``invalid_calls`` and ``tokens_per_episode`` are means of the sampled episodes;
-    an episode that failed by an error counts as no success and in ``errors``."""
-    n = len(sampled)
-    wins, greedy_wins = sum(t.success for t in sampled), sum(t.success for t in greedy)
+    """All figures; but for the greedy rate they are of the sampled episodes.
+
+    ``success`` is the share of episodes that succeeded, ``interval`` its Wilson interval and
+    ``interval_tasks`` that of a bootstrap over tasks; ``success_greedy`` and ``interval_greedy`` are of one
+    greedy episode a task. ``pass_at`` and ``pass_all`` (pass^k) are means over tasks, by k: the powers of 2
+    up to the fewest samples of a task, and that number. Means per episode: ``reward``, ``turns``,
+    ``invalid_calls``, ``refused_calls``, ``repeated_calls``, ``tokens_per_episode`` (that a model wrote).
+    ``tokens_per_success`` divides all tokens by the number of successes. ``first_error_turn`` (the first turn
+    is 1) and ``recovery`` (the share that succeeded all the same, with its Wilson interval) are of the
+    ``with_error`` episodes in which the agent made an error. What is not defined is None. ``errors`` and
+    ``unfinished`` (a budget of turns or tokens ended them) count episodes.
+    """
+    n, wins, greedy_wins = len(sampled), _wins(sampled), _wins(greedy)
+    tasks = list(by_task(sampled).values())
+    tokens = sum(t.n_action_tokens for t in sampled)
+    first_errors = [(t, turn) for t in sampled if (turn := first_error(t)) is not None]
+    recovered = _wins([t for t, _ in first_errors])
     return {
-        "episodes": n,
-        "success": wins / n,
-        "interval": wilson(wins, n),
-        "success_greedy": greedy_wins / len(greedy),
-        "interval_greedy": wilson(greedy_wins, len(greedy)),
+        "episodes": n, "tasks": len(tasks),
+        "success": wins / n, "interval": wilson(wins, n),
+        "interval_tasks": bootstrap([_wins(task) for task in tasks], [len(task) for task in tasks]),
+        "success_greedy": greedy_wins / len(greedy), "interval_greedy": wilson(greedy_wins, len(greedy)),
+        **_passes(tasks),
+        "reward": sum(t.reward for t in sampled) / n,
         "turns": sum(len(t.turns) for t in sampled) / n,
-        "invalid_calls": sum(invalid_calls(t) for t in sampled) / n,
+        "invalid_calls": sum(map(invalid_calls, sampled)) / n,
+        "refused_calls": sum(map(refused_calls, sampled)) / n,
+        "repeated_calls": sum(map(repeated_calls, sampled)) / n,
+        "with_error": len(first_errors),
+        "first_error_turn": _ratio(sum(turn for _, turn in first_errors), len(first_errors)),
+        "recovery": _ratio(recovered, len(first_errors)),
+        "interval_recovery": wilson(recovered, len(first_errors)) if first_errors else None,
         "errors": sum(t.outcome is Outcome.ERROR for t in sampled),
-        "tokens_per_episode": sum(t.n_action_tokens for t in sampled) / n,
+        "unfinished": sum(t.outcome is Outcome.UNFINISHED for t in sampled),
+        "tokens_per_episode": tokens / n, "tokens_per_success": _ratio(tokens, wins),
+    }  # fmt: skip
+
+
+def brief(sampled: Sequence[Trajectory]) -> dict[str, Any]:
+    """The figures of a group of episodes."""
+    n, wins = len(sampled), _wins(sampled)
+    return {
+        "tasks": len(by_task(sampled)), "episodes": n, "success": wins / n, "interval": wilson(wins, n),
+        "reward": sum(t.reward for t in sampled) / n, "turns": sum(len(t.turns) for t in sampled) / n,
+    }  # fmt: skip
+
+
+def _passes(tasks: Sequence[Sequence[Trajectory]]) -> dict[str, Mapping[str, float]]:
+    """pass@k and pass^k; the keys of JSON are strings."""
+    fewest = min(len(task) for task in tasks)
+    ks = sorted({2**i for i in range(fewest.bit_length())} | {fewest})
+    counts = [(len(task), _wins(task)) for task in tasks]
+    return {
+        name: {str(k): sum(chance(k, n, c) for n, c in counts) / len(counts) for k in ks}
+        for name, chance in (("pass_at", pass_at), ("pass_all", pass_all))
     }
 
 
@@ -46,32 +91,35 @@ def invalid_calls(trajectory: Trajectory) -> int:
     return sum(turn.parse_error is not None for turn in trajectory.turns)
 
 
-def table(result: Mapping[str, Any]) -> Table:
-    """A rich table of an evaluation's policies, 80 columns wide; with what they cost to make, where known."""
-    from rich.table import Table
-
-    rows = result["policies"]
-    costs = {name: label for name, label in COSTS.items() if name in rows[0]}
-    view = Table(
-        title=f"{result['suite']}: success in % (95 % Wilson interval), turns and invalid calls an episode",
-        box=None, padding=(0, 1, 0, 0), header_style="bold", title_justify="left",
-    )  # fmt: skip
-    view.add_column("policy", no_wrap=True)
-    for label in ("sampled", "greedy", "turns", "invalid", *costs.values()):
-        view.add_column(label, justify="right", no_wrap=True)
-    for row in rows:
-        low, high = (round(100 * bound) for bound in row["interval"])
-        view.add_row(
-            row["policy"] + (f" ({row['errors']} errors)" if row["errors"] else ""),
-            f"{100 * row['success']:.1f} ({low}-{high})", f"{100 * row['success_greedy']:.1f}",
-            f"{row['turns']:.1f}", f"{row['invalid_calls']:.2f}", *(_short(row[name]) for name in costs),
-        )  # fmt: skip
-    return view
+def refused_calls(trajectory: Trajectory) -> int:
+    """Turns with a valid action in which the environment refused a call, or a tool failed."""
+    return sum(turn.tool_error is not None for turn in trajectory.turns)
 
 
-def _short(value: float) -> str:
-    """Three digits with a unit: 412k, 1.46T."""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
+def repeated_calls(trajectory: Trajectory) -> int:
+    """Turns with calls that an earlier turn made, too, all of them with the same arguments and in the same
+    state of the environment: they can tell the agent nothing new, except where the environment is noisy."""
+    seen: set[tuple[str, str]] = set()
+    repeated = 0
+    for turn in trajectory.turns:
+        if turn.calls:
+            key = (turn.state_digest, to_json(turn.calls))
+            repeated += key in seen
+            seen.add(key)
+    return repeated
+
+
+def first_error(trajectory: Trajectory) -> int | None:
+    """The turn, counted from 1, of the agent's first error."""
+    for number, turn in enumerate(trajectory.turns, 1):
+        if turn.parse_error is not None or turn.tool_error is not None:
+            return number
+    return None
+
+
+def _wins(trajectories: Iterable[Trajectory]) -> int:
+    return sum(t.success for t in trajectories)
+
+
+def _ratio(part: float, whole: int) -> float | None:
+    return part / whole if whole else None

@@ -29,7 +29,7 @@ CHUNK_ELEMENTS = 2**23  # 32 MiB in float32
 
 class ReferenceTerms(NamedTuple):
     """What a reference p says of N action tokens, ``[N]`` each, without gradient, at the sampler's
-    temperature; the last three need all of p (`FullTarget`) and are None otherwise."""
+    temperature; KL, entropy and rank need all of p (`FullTarget`) and are None otherwise."""
 
     logprob: Tensor
     """log p(action), nats."""
@@ -39,6 +39,9 @@ class ReferenceTerms(NamedTuple):
     """Entropy of p, nats."""
     rank: Tensor | None
     """int64: how many tokens p has more probable than the student's most probable one; 0 = they agree."""
+    overlap: Tensor | None = None
+    """Of the student's probability on its k most probable tokens, the share on those that are among the k of
+    p; where it was asked for, and p's k most probable tokens are known."""
 
 
 class TokenTerms(NamedTuple):
@@ -65,6 +68,7 @@ def token_terms(
     measures: Mapping[str, tuple[str, Measure]] = {},
     behaviour: Tensor | None = None,
     statistics: bool = False,
+    overlap: int = 0,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> TokenTerms:
     """Log-prob, entropy and any number of divergences of N action tokens from hidden states.
@@ -79,7 +83,8 @@ def token_terms(
     for both sides, applied to logits; log-probs that come ready made (`TopKTarget`, `SampledTarget`) are
     those of ``temperature``, and no other. ``behaviour [N]`` are the log-probs the tokens were sampled with,
     which measures that sample divide by; None, and NaN where a token was not sampled, stand for the current
-    log-prob, detached.
+    log-prob, detached. ``overlap`` is the k of that statistic (0: it is left out); of a target that gives
+    fewer, as many.
 
     Differentiable in ``student_hidden`` and in whatever the student head holds; targets are taken without
     gradient. A chunk takes one projection of the student and one of each `FullTarget` that is asked for, and
@@ -119,7 +124,7 @@ def token_terms(
             for name, (reference, measure) in measures.items()
         }
         told = known.items() if statistics else ()
-        references = {name: _statistics(own, p, ids, temperature) for name, p in told}
+        references = {name: _statistics(own, p, ids, temperature, overlap) for name, p in told}
         return TokenTerms(logprob, entropy(own), divergences, references)
 
     if rows <= size:
@@ -177,17 +182,32 @@ def _divergence(
 
 
 @torch.no_grad()
-def _statistics(log_q: Tensor, target: _Known, action_ids: Tensor, temperature: float) -> ReferenceTerms:
+def _statistics(
+    log_q: Tensor, target: _Known, action_ids: Tensor, temperature: float, k: int
+) -> ReferenceTerms:
     match target:
-        case TopKTarget(sampled=logprob) | SampledTarget(logprob):
+        case SampledTarget(logprob):
             return ReferenceTerms(logprob, None, None, None)
+        case TopKTarget(ids, logprobs, sampled):
+            places = logprobs.topk(min(k, ids.shape[-1])).indices
+            shared = _overlap(log_q, ids.gather(-1, places)) if k else None
+            return ReferenceTerms(sampled, None, None, None, shared)
         case _:
             log_p = target[temperature]
             chosen = of_tokens(log_p, log_q.argmax(-1))
             rank = (log_p > chosen[:, None]).sum(-1)
             return ReferenceTerms(
-                of_tokens(log_p, action_ids), total(kl_terms(log_q, log_p)), entropy(log_p), rank
-            )
+                of_tokens(log_p, action_ids), total(kl_terms(log_q, log_p)), entropy(log_p), rank,
+                _overlap(log_q, log_p.topk(min(k, log_p.shape[-1])).indices) if k else None,
+            )  # fmt: skip
+
+
+def _overlap(log_q: Tensor, ids: Tensor) -> Tensor:
+    """Of q's probability on its k most probable tokens the share on those among ``ids`` [n, k]: [n]."""
+    best = log_q.topk(ids.shape[-1])
+    among = (best.indices[:, :, None] == ids[:, None, :]).any(-1)
+    probability = best.values.exp()
+    return (probability * among).sum(-1) / probability.sum(-1)
 
 
 def _joined(chunks: Sequence[TokenTerms]) -> TokenTerms:
@@ -211,4 +231,5 @@ def _joined_reference(chunks: Sequence[ReferenceTerms]) -> ReferenceTerms:
         joined([chunk.kl for chunk in chunks]),
         joined([chunk.entropy for chunk in chunks]),
         joined([chunk.rank for chunk in chunks]),
+        joined([chunk.overlap for chunk in chunks]),
     )
