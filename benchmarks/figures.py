@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -11,6 +12,8 @@ from typing import Any
 import rich.box
 from rich.console import Console
 from rich.table import Table
+
+from opd_agents.report.groups import mean_over_seeds
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -21,6 +24,33 @@ def as_text(values: Mapping[str, float], digits: int = 2) -> str:
     """A spread for a person."""
     middle, low, high = (f"{values[key]:.{digits}f}" for key in ("median", "min", "max"))
     return f"{middle} ({low} to {high})"
+
+
+def over_seeds(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean and half of its 95 % t-interval over seeds; those that lack the figure (NaN) are left out."""
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return {"mean": None, "half": None, "seeds": 0}
+    found = mean_over_seeds(known)
+    return {"mean": found.value, "half": found.half, "seeds": len(known)}
+
+
+def verdict(differences: Sequence[float]) -> dict[str, Any]:
+    """What becomes of the claim that paired differences are above 0: reproduced if their whole interval is,
+    contradicted if it is below, else undecided."""
+    found = over_seeds(differences)
+    middle, half = found["mean"], found["half"]
+    if middle is None or half is None or abs(middle) <= half:
+        return found | {"verdict": "undecided"}
+    return found | {"verdict": "reproduced" if middle > 0 else "contradicted"}
+
+
+def plus_minus(found: Mapping[str, Any], digits: int = 2) -> str:
+    """A mean over seeds for a person; a dash where there is none."""
+    if found["mean"] is None:
+        return "-"
+    half = "" if found["half"] is None else f" ± {found['half']:.{digits}f}"
+    return f"{found['mean']:.{digits}f}{half}"
 
 
 def markdown(about: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> str:

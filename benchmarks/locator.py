@@ -31,14 +31,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
-from figures import markdown, write
-from scipy.stats import t as student_t
+from figures import markdown, over_seeds, plus_minus, verdict, write
 
 from opd_agents import envs
 from opd_agents.batch import Packed, pack
@@ -59,8 +58,8 @@ from opd_agents.types import Actor, Outcome, Task, Trajectory
 DESK = "opd_agents/OrderDesk-v0"
 OPTIONS = {"level": "easy", "timeout_rate": 0.0}
 LIMITS = Limits(max_tokens_per_turn=16, max_context_tokens=384)
-ONE_SUCCESS = Correction(verify={"rollouts": [1], "rivals": []}, audit=None)  # type: ignore[arg-type]
-VERIFIED = Correction(audit={"share": 1.0, "rollouts": 32})  # type: ignore[arg-type]
+ONE_SUCCESS = Correction(verify={"rollouts": [1], "rivals": []}, audit=None)
+VERIFIED = Correction(audit={"share": 1.0, "rollouts": 32})
 REPAIRED = ("disagreed, teacher", "dropped", "random turn")  # whose proposals are repaired
 
 
@@ -218,22 +217,6 @@ def of_seed(folder: Path, seed: int, episodes: int, repairs: int) -> dict[str, A
     }  # fmt: skip
 
 
-def interval(values: Sequence[float]) -> dict[str, float]:
-    """Mean and its 95 % t-interval over seeds; those without the figure left out."""
-    known = [value for value in values if not math.isnan(value)]
-    if len(known) < 2:
-        return {"mean": known[0] if known else math.nan, "half": math.nan, "seeds": len(known)}
-    half = float(student_t.ppf(0.975, len(known) - 1)) * stdev(known) / math.sqrt(len(known))
-    return {"mean": mean(known), "half": half, "seeds": len(known)}
-
-
-def verdict(differences: Sequence[float]) -> dict[str, Any]:
-    found = interval(differences)
-    low, high = found["mean"] - found["half"], found["mean"] + found["half"]
-    word = "reproduced" if low > 0 else "contradicted" if high < 0 else "undecided"
-    return {"difference": found, "verdict": word}
-
-
 def claims(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The three predictions."""
 
@@ -263,19 +246,12 @@ def claims(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def shown(values: Mapping[str, float], digits: int = 2) -> str:
-    if math.isnan(values["mean"]):
-        return "-"
-    half = "" if math.isnan(values["half"]) else f" ± {values['half']:.{digits}f}"
-    return f"{values['mean']:.{digits}f}{half}"
-
-
 def page(result: Mapping[str, Any]) -> str:
     seeds = result["students"]
 
     def row(part: str, name: str, columns: Sequence[str]) -> dict[str, str]:
         return {"part": name} | {
-            column: shown(interval([seed[part][name][column] for seed in seeds])) for column in columns
+            column: plus_minus(over_seeds([seed[part][name][column] for seed in seeds])) for column in columns
         }
 
     found, parts = [], ("located", "audited")
@@ -287,8 +263,7 @@ def page(result: Mapping[str, Any]) -> str:
         columns = list(next(iter(names.values())))
         found.append(markdown(about, result, [row(part, name, columns) for name in names]))
     lines = [
-        f"- {claim}: **{one['verdict']}**, difference {shown(one['difference'], 3)}"
-        f" ({one['difference']['seeds']} seeds)."
+        f"- {claim}: **{one['verdict']}**, difference {plus_minus(one, 3)} ({one['seeds']} seeds)."
         for claim, one in result["claims"].items()
     ]
     told = "\n".join(lines)

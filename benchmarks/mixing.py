@@ -8,17 +8,14 @@ Writes mixing.json and .md; cells that are finished are not trained again.
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Annotated, Any
 
 import typer
-from figures import markdown, write
-from scipy.stats import t as student_t
+from figures import markdown, plus_minus, verdict, write
 from sweep import load_sweep
 
 SWEEP = Path(__file__).with_name("mixing.yaml")
@@ -32,30 +29,22 @@ CLAIMS = {
 } | {f"4 gated above gated without {gate}": ("gated", f"without_{gate}") for gate in GATES}
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % t-interval."""
-    half = float(student_t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-    return mean(values), half
-
-
 def claim(cells: Mapping[str, Mapping[int, float]], one: str, other: str) -> dict[str, Any]:
     """The paired difference over the seeds that both have, and its verdict."""
-    seeds = sorted(cells[one].keys() & cells[other].keys())
-    middle, half = interval([cells[one][seed] - cells[other][seed] for seed in seeds])
-    word = "reproduced" if middle - half > 0 else "contradicted" if middle + half < 0 else "undecided"
-    return {"difference": middle, "half": half, "seeds": len(seeds), "verdict": word}
+    return verdict(
+        [cells[one][seed] - cells[other][seed] for seed in cells[one].keys() & cells[other].keys()]
+    )
 
 
 def page(result: Mapping[str, Any]) -> str:
     """The arms, then the claims."""
     arms = [
-        {"arm": label, **{name: f"{value['mean']:.3f} ± {value['half']:.3f}" for name, value in row.items()}}
+        {"arm": label, **{name: plus_minus(value, 3) for name, value in row.items()}}
         for label, row in result["arms"].items()
     ]
     about = "Teacher and reward in one advantage of deviation 1: mean and 95 % t-interval over seeds."
     lines = [
-        f"- {name}: **{one['verdict']}**, {100 * one['difference']:+.1f} ± {100 * one['half']:.1f} points"
-        f" ({one['seeds']} seeds)."
+        f"- {name}: **{one['verdict']}**, difference {plus_minus(one, 3)} ({one['seeds']} seeds)."
         for name, one in result["claims"].items()
     ]
     return markdown(about, result, arms) + "\n" + "\n".join(lines) + "\n"
