@@ -30,9 +30,10 @@ SELF_TAUGHT = {name for name in ALL if "teacher" in yaml.safe_load(method_text(n
 BY_SAMPLED = {
     *("fast_opd", "g_opd", "grpo", "hdpo_gate", "kdrl", "kdrl_annealed", "kdrl_mask", "lightning_opd"),
     *("luffy", "opd_then_rl", "rlad", "scope", "sft", "srpo", "thinking_machines"),
-    *("guided_opd", "orpo_distill", "gad", "dagger", "sod", "atod", "tcod"),
+    *("guided_opd", "orpo_distill", "gad", "dagger", "sod", "atod", "tcod", "tcod_backward"),
+    *("score_verified", "student_retry", "teacher_continues"),
 }
-JUDGED = {"ovd", "sage_opd"}  # they ask for words, too
+JUDGED = {"ovd", "sage_opd", "score"}  # they ask for words, too
 BY_TOP_K = {*BY_SAMPLED, "revisiting_opd"}
 
 
