@@ -56,7 +56,7 @@ def with_repairs(session: Session, experience: Experience) -> Experience:
     repairs: list[Repair] = []
     judged, locating_tokens, looked_at = NOT_ASKED, 0, experience
     for again in range(settings.repairs):
-        if token_budget <= 0 or not looked_at.trajectories:  # before a judge is paid for no proof
+        if token_budget <= 0:  # before a judge is paid for no proof
             break
         located = _located(session, looked_at, settings, first=again * len(experience.trajectories))
         new = correct(
@@ -69,12 +69,16 @@ def with_repairs(session: Session, experience: Experience) -> Experience:
         repairs += new
         judged, locating_tokens = judged.and_then(located.judged), locating_tokens + located.tokens
         token_budget -= located.tokens + sum(repair.tokens for repair in new)
-        if again + 1 < settings.repairs:
-            looked_at = score(session, [repair.failed for repair in new if repair.failed is not None])
+        failed = [repair.failed for repair in new if repair.failed is not None]
+        if not failed or again + 1 == settings.repairs:
+            break
+        looked_at = score(session, failed)
     practised = [one for repair in repairs for one in repair.practised]
     branches = [repair.branch for repair in repairs if repair.branch is not None]
     told = replace(experience, proposed=judged, locating_tokens=locating_tokens)
     learned = session.keep([*branches, *practised], settings.kept)
+    if not learned:  # nobody is asked about nothing
+        return replace(told, repairs=tuple(repairs))
     return joined(told, score(session, learned), tuple(repairs))
 
 
