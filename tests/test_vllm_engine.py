@@ -46,7 +46,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory, desk_chat: Chat) -> Path:
     return path
 
 
-@pytest.mark.slow
 @pytest.mark.real("vllm")
 @pytest.mark.timeout(240)
 def test_an_engine_in_the_training_process_teaches(tmp_path: Path, folder: Path) -> None:
