@@ -1,7 +1,7 @@
 """E3: do the measures that propose an error find it, and does verification tell good repairs from bad ones?
 
     opd-agents train orderdesk_cold_start --seeds 0-4     # the students; a minute each
-    python benchmarks/locator.py runs/orderdesk-cold-start [--episodes 200] [--repairs 16] [--json]
+    python benchmarks/locator.py runs/orderdesk-cold-start [--episodes 400] [--repairs 24] [--json]
 
 Every student, one a training seed, plays validation tasks of the easy OrderDesk without time-outs. Of a
 failed episode the truth is found by letting the scripted expert go on from every state: `first_suboptimal` is
