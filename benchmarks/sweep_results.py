@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from opd_agents.evaluation.rates import t_factor
 from opd_agents.report.formatting import ABSENT, count
-from opd_agents.report.groups import mean_over_seeds, t_factor
+from opd_agents.report.groups import mean_over_seeds
 from opd_agents.report.reading import Run, number, read_run
 from opd_agents.runs import write_whole
 

@@ -114,6 +114,12 @@ def effect(trajectory: Trajectory, turn: int) -> tuple[str, bool, str]:
     return turns[turn].observation, turns[turn].terminated, after
 
 
+def role_before(parent: Trajectory, turn: int) -> str:
+    """Of the message before the action of this turn."""
+    last = parent.turns[turn - 1].messages[-1:] if turn else ()
+    return last[0].role if last else "user"
+
+
 def saved_at(
     places: Sequence[Place], *, make: Callable[..., AgentEnv], limits: Limits
 ) -> list[Snapshot | None]:
@@ -153,9 +159,8 @@ def _kept(
     ended = action.stop_reason in (StopReason.END, StopReason.NOT_SAMPLED)
     if action.failure is not None or not ended or host.env is None:
         return None
-    last = parent.turns[turn - 1].messages[-1:] if turn else ()
     context = parent.turns[turn].context_ids
-    said = read_action(host.env, chat, action, context, after=last[0].role if last else "user")
+    said = read_action(host.env, chat, action, context, after=role_before(parent, turn))
     try:
         return made_of(Acted(parent, turn, action, said, host))
     except Exception as error:

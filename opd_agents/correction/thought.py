@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Literal
 
 from opd_agents.chat import Chat
-from opd_agents.correction.states import Acted
+from opd_agents.correction.states import Acted, role_before
 from opd_agents.envs.actions import same_action
 from opd_agents.errors import ConfigError
 from opd_agents.policies.base import Action
@@ -28,11 +28,9 @@ def with_reasoning(acted: Acted, chat: Chat, reasoning: Reasoning) -> Action | N
         text_only=text_only,
     )  # fmt: skip
     thought = own.reasoning if reasoning == "keep" else None
-    last = acted.parent.turns[acted.turn - 1].messages[-1:] if acted.turn else ()
+    after = role_before(acted.parent, acted.turn)
     try:
-        ids = chat.encode_message(
-            replace(theirs, reasoning=thought), after=last[0].role if last else "user", tools=tools
-        )
+        ids = chat.encode_message(replace(theirs, reasoning=thought), after=after, tools=tools)
     except ConfigError:  # a template that cannot write the student's thought
         return None
     parsed = chat.parse(ids, ended=True, context_ids=context, tools=tools, text_only=text_only)

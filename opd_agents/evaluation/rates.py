@@ -59,10 +59,15 @@ def mcnemar(first_only: int, second_only: int) -> float:
 
 def over_seeds(values: Sequence[float]) -> dict[str, Any]:
     """The mean over training seeds with its 95 % t-interval; None for the interval of a single seed."""
-    from scipy.stats import t
-
     mean, n = statistics.fmean(values), len(values)
     if n < 2:
         return {"mean": mean, "interval": None}
-    half = float(t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
+    half = t_factor(n) * statistics.stdev(values)
     return {"mean": mean, "interval": [mean - half, mean + half]}
+
+
+def t_factor(n: int) -> float:
+    """Half-width of the 95 % t-interval of a mean of ``n`` values, in their standard deviations."""
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, n - 1)) / float(n) ** 0.5

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from opd_agents.report.groups import Group, t_factor
+from opd_agents.evaluation.rates import t_factor
+from opd_agents.report.groups import Group
 from opd_agents.report.plots import CYCLE, Chart, Line, draw
 from opd_agents.report.reading import Run, number
 

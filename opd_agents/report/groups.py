@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_agents.errors import RunFolderError
+from opd_agents.evaluation.rates import t_factor
 from opd_agents.report.reading import SEED_FOLDER, Run, read_run
 
 OWN_KEYS = {"seed", "output", "name"}  # what runs of one experiment may differ in
@@ -43,13 +44,6 @@ def mean_over_seeds(values: Sequence[float]) -> Mean:
     if len(values) < 2:
         return Mean(values[0], None)
     return Mean(statistics.fmean(values), t_factor(len(values)) * statistics.stdev(values))
-
-
-def t_factor(n: int) -> float:
-    """Half-width of the 95 % t-interval of a mean of ``n`` values, in their standard deviations."""
-    from scipy.stats import t
-
-    return float(t.ppf(0.975, n - 1)) / float(n) ** 0.5
 
 
 def read_groups(paths: Sequence[Path]) -> list[Group]:
