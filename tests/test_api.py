@@ -7,11 +7,13 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 
 import pytest
 from api_server import PASSING, USELESS, ApiServer
 
 from opd_agents.api import ApiClient, Request
+from opd_agents.api.store import Store
 from opd_agents.config import Endpoint
 from opd_agents.errors import BudgetSpent, ConfigError
 from opd_agents.types import ToolCall, ToolSpec
@@ -311,6 +313,18 @@ def test_a_servers_thoughts_are_no_answer(tmp_path):
         one.close()
 
 
+def test_a_file_that_another_process_is_making_is_waited_for(tmp_path):
+    path = tmp_path / "answers.sqlite"
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")  # by which SQLite refuses a change of mode without waiting
+    done = threading.Timer(0.2, other.execute, ("ROLLBACK",))
+    done.start()
+    with closing(Store(path)) as store:
+        assert store.spent == (0, 0.0)
+    done.join()
+    other.close()
+
+
 def test_a_file_that_is_no_store_is_refused(tmp_path):
     (tmp_path / "answers.sqlite").write_text("my notes, which are longer than a header" * 10)
     one = ApiClient("m", Endpoint(key=None), store=tmp_path / "answers.sqlite")
@@ -334,6 +348,7 @@ ASKING = """
 import sys
 from pathlib import Path
 from opd_agents.api import ApiClient, Request
+from opd_agents.api.store import Store
 from opd_agents.config import Endpoint
 url, store = sys.argv[1:]
 endpoint = Endpoint(base_url=url, key=None, concurrency=8, timeout=10)

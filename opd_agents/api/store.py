@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,7 +47,7 @@ class Store:
             found = self._file.execute("PRAGMA user_version").fetchone()[0]
             if found not in (0, VERSION):
                 raise sqlite3.DatabaseError(f"version {found}")
-            self._file.execute("PRAGMA journal_mode = WAL")
+            _write_ahead(self._file)
             self._file.execute("PRAGMA synchronous = NORMAL")
             self._file.executescript(f"BEGIN IMMEDIATE; {TABLES} PRAGMA user_version = {VERSION}; COMMIT;")
         except (sqlite3.Error, OSError) as error:
@@ -75,6 +76,20 @@ class Store:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _write_ahead(file: sqlite3.Connection) -> None:
+    """SQLite's own time-out does not cover a change of mode: of two processes that open a new file at once,
+    one would fail."""
+    until = time.monotonic() + WAIT
+    while True:
+        try:
+            file.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+        time.sleep(0.01)
 
 
 def key_of(base_url: str, body: Mapping[str, Any], sample: int) -> str:
