@@ -2,11 +2,12 @@
 
     python benchmarks/mixing.py [--jobs 1]
 
-Writes mixing.json and .md; cells that are finished are not trained again.
+Writes mixing.json, .md and .svg; cells that are finished are not trained again.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -43,11 +44,37 @@ def page(result: Mapping[str, Any]) -> str:
         for label, row in result["arms"].items()
     ]
     about = "Teacher and reward in one advantage of deviation 1: mean and 95 % t-interval over seeds."
-    lines = [
+    lines = ["![greedy success by ratio and by gates](mixing.svg)", ""] + [
         f"- {name}: **{one['verdict']}**, difference {plus_minus(one, 3)} ({one['seeds']} seeds)."
         for name, one in result["claims"].items()
     ]
     return markdown(about, result, arms) + "\n" + "\n".join(lines) + "\n"
+
+
+def plot(arms: Mapping[str, Mapping[str, Any]]) -> str:
+    """SVG: greedy success with its interval, of the ratios, and beside them of the gates."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    ratios = [label for label in arms if label.startswith("ratio_")]
+    gated = ["ratio_1", *(label for label in arms if label.startswith(("gated", "without")))]
+    names = ["no gate", *(label.replace("_", " ") for label in gated[1:])]
+    places = [[float(label.removeprefix("ratio_")) for label in ratios], list(range(len(gated)))]
+    for axes, labels, at in zip((left, right), (ratios, gated), places, strict=True):
+        found = [arms[label][FIGURE] for label in labels]
+        middle, half = ([one[key] for one in found] for key in ("mean", "half"))
+        axes.errorbar(at, middle, yerr=half, fmt="o", capsize=3)
+        axes.axhline(arms["cold_start"][FIGURE]["mean"], color="grey", linestyle=":", label="cold start")
+        axes.grid(alpha=0.3)
+    left.set(xscale="log", xlabel="reward : teacher", ylabel="greedy success")
+    left.legend(frameon=False)
+    right.set_xticks(places[1], names, rotation=25, ha="right")
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "mixing"}):  # the same results, the same file
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()
 
 
 def main(
@@ -70,6 +97,7 @@ def main(
     claims = {name: claim(cells, *pair) for name, pair in CLAIMS.items()}
     result = {"seeds": len(sweep.seeds), "arms": arms, "claims": claims}
     write(out, "mixing", result, page(result), as_json=False)
+    (out / "mixing.svg").write_text(plot(arms), encoding="utf-8")
 
 
 if __name__ == "__main__":
