@@ -1,6 +1,7 @@
 """E2: the runs of compute.yaml, what each arm spent to a level of success, and what became of the claims.
 
     python benchmarks/compute.py [--jobs 1]
+    python benchmarks/compute.py --tune      # the rates that stand in compute.yaml
 
 Writes compute.json, .md and .svg; cells that are finished are not trained again.
 """
@@ -16,14 +17,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 from figures import keep, markdown, over_seeds, verdict
 from sweep import load_sweep
 
 from opd_agents.report.reading import Run, number, read_run
+from opd_agents.runs import write_whole
 
 SWEEP = Path(__file__).with_name("compute.yaml")
 LEVELS = (0.6, 0.7, 0.8)
 CLAIMED = 0.7  # the level of the claims
+BY_REWARD = ("grpo", "score", "score_verified", "student_retry")
+RATES = {False: (1e-3, 1.5e-3, 3e-3), True: (3e-4, 6e-4, 1e-3)}
 CLAIMS = {  # a below b, or below a share of it
     "1 fresh demonstrations below fixed ones": ("sft_fresh", "sft_fixed", 1.0),
     "2 verified SCoRe below GRPO": ("score_verified", "grpo", 1.0),
@@ -129,19 +134,45 @@ def page(result: Mapping[str, Any]) -> str:
     return markdown(about, result, rows) + "\n" + "\n".join(lines) + "\n"
 
 
+def tune(jobs: int) -> None:
+    """Every arm at its three rates, on a seed of its own and half of the compute; prints which is best."""
+    given, _ = load_sweep(SWEEP)
+    runs = {"cold_start": given.runs["cold_start"].model_dump()}
+    for label, run in given.runs.items():
+        for rate in RATES[label in BY_REWARD] if run.student else ():
+            overrides = [*run.set, f"trainer.learning_rate={rate}", "trainer.flops=6.0e+11"]
+            runs[f"{label}_{rate}"] = run.model_dump() | {"set": overrides}
+    for run in runs.values():
+        run["config"] = run["config"].replace("compute_run.yaml", str(SWEEP.with_name("compute_run.yaml")))
+    tuning = given.model_dump() | {"name": "compute_tuning", "seeds": [9], "runs": runs}
+    file = Path("runs/compute_tuning.yaml")
+    write_whole(file, yaml.safe_dump(tuning, sort_keys=False))
+    call(SWEEP.with_name("sweep.py"), file, "--jobs", jobs)
+    found = {cell.label: curve(read_run(cell.folder)) for cell in load_sweep(file)[1] if cell.after}
+    for label, points in found.items():
+        flops = spent(points, LEVELS[0])
+        reached = "-" if flops is None else f"{flops / 1e12:.2f}"
+        print(f"{label}: {reached} TFLOP to {LEVELS[0]:.0%}, at the end {points[-1][1]:.0%}")
+
+
+def call(*command: object) -> None:
+    """In a process of its own; ends this one with its exit code if it fails."""
+    if (code := subprocess.run([sys.executable, *map(str, command)], check=False).returncode) != 0:
+        raise typer.Exit(code)
+
+
 def main(
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    tuning: Annotated[bool, typer.Option("--tune", help="Try three rates an arm instead.")] = False,
     out: Annotated[Path, typer.Option(help="Where compute.* goes.")] = Path("benchmarks/results"),
 ) -> None:
     """Train what is missing, and say what was found."""
+    if tuning:
+        return tune(jobs)
     sweep, cells = load_sweep(SWEEP)
     teacher = sweep.folder / "teacher"  # the shipped one again, for what it cost
-    for command in (
-        ["-m", "opd_agents", "train", "orderdesk_teacher", f"output={teacher}", "--resume"],
-        [str(SWEEP.with_name("sweep.py")), str(SWEEP), "--jobs", str(jobs)],
-    ):
-        if (code := subprocess.run([sys.executable, *command], check=False).returncode) != 0:
-            raise typer.Exit(code)
+    call("-m", "opd_agents", "train", "orderdesk_teacher", f"output={teacher}", "--resume")
+    call(SWEEP.with_name("sweep.py"), SWEEP, "--jobs", jobs)
     curves: dict[str, dict[int, Curve]] = {}
     for cell in (cell for cell in cells if cell.after is not None):
         curves.setdefault(cell.label, {})[cell.seed] = curve(read_run(cell.folder))
