@@ -6,7 +6,10 @@ import importlib.util
 import os
 import random
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -164,3 +167,24 @@ def new_year(monkeypatch: pytest.MonkeyPatch) -> None:
             return cls(2025, 1, 1, tzinfo=tz)
 
     monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+
+
+@pytest.fixture
+def dies_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], AbstractContextManager[None]]:
+    """In ``with dies_after(step):`` a training is killed in the step after this one."""
+    from opd_agents import trainer
+
+    @contextmanager
+    def dying(step: int) -> Iterator[None]:
+        original = trainer.train_step
+
+        def train_step(session: Any) -> dict[str, Any]:
+            if session.step == step:
+                raise KeyboardInterrupt
+            return original(session)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(trainer, "train_step", train_step)
+            yield
+
+    return dying

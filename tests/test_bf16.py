@@ -10,7 +10,7 @@ from rolling import desk_episodes, rolled, sampler
 from safetensors.torch import load_file
 from torch import nn
 
-from opd_agents import trainer, updates
+from opd_agents import updates
 from opd_agents.batch import pack
 from opd_agents.config import RunConfig, load_config
 from opd_agents.errors import AlignmentError
@@ -103,18 +103,10 @@ def config(output: Path, teacher: Path, *overrides: str, lora: bool = False) -> 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_a_killed_run_goes_on_as_if_it_had_not(
-    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: bool
+    tiny_teacher: Path, tmp_path: Path, dies_after: Any, lora: bool
 ) -> None:
     whole = train(config(tmp_path / "whole", tiny_teacher, lora=lora))
-    original = trainer.train_step
-
-    def train_step(session: Any) -> Any:
-        if session.step == 3:
-            raise KeyboardInterrupt
-        return original(session)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer, "train_step", train_step)
+    with dies_after(3):
         train(config(tmp_path / "run", tiny_teacher, lora=lora))
     resumed = train(config(tmp_path / "run", tiny_teacher, lora=lora), resume=True)
     assert tiny.final_state(resumed) == tiny.final_state(whole)

@@ -156,20 +156,12 @@ def test_a_kill_at_any_rename_is_made_good(
 
 @pytest.mark.parametrize("dies_before", [1, 5])
 def test_a_killed_run_goes_on_to_the_same_best(
-    tiny_teacher: Path, tmp_path: Path, scored: Any, monkeypatch: pytest.MonkeyPatch, dies_before: int
+    tiny_teacher: Path, tmp_path: Path, scored: Any, dies_after: Any, dies_before: int
 ) -> None:
     """Also where the best is past the checkpoint that it goes on from, and the former best before it."""
     scored([0.1, 0.5, 0.2, 0.3, 0.9, 0.6, 0.7])
     whole = tiny.final_state(train(config(tmp_path / "whole", tiny_teacher)))
-    original = trainer.train_step
-
-    def train_step(session: Any) -> Any:
-        if session.step == dies_before:
-            raise Killed
-        return original(session)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(trainer, "train_step", train_step)
+    with dies_after(dies_before):
         train(config(tmp_path / "run", tiny_teacher))
     assert tiny.final_state(train(config(tmp_path / "run", tiny_teacher), resume=True)) == whole
 

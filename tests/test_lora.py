@@ -269,19 +269,11 @@ def test_a_run_and_its_best_are_evaluated(run: Path) -> None:
 
 @pytest.mark.parametrize("dies_before", [1, 3])
 def test_a_killed_run_goes_on_as_if_it_had_not(
-    run: Path, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_before: int
+    run: Path, tiny_teacher: Path, tmp_path: Path, dies_after: Any, dies_before: int
 ) -> None:
-    original = trainer.train_step
-
-    def train_step(session: Any) -> Any:
-        if session.step == dies_before:
-            raise KeyboardInterrupt
-        return original(session)
-
     evaluation = {"suite": tiny.SUITE, "limit": 4, "every": 2}
     again = config(tmp_path / "run", tiny_teacher, teacher=BASE, evaluation=evaluation)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer, "train_step", train_step)
+    with dies_after(dies_before):
         train(again)
     assert tiny.final_state(train(again, resume=True)) == tiny.final_state(run)
 

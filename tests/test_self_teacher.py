@@ -10,7 +10,6 @@ import tiny
 import torch
 from rolling import desk_episodes, rolled, sampler
 
-from opd_agents import trainer
 from opd_agents.batch import pack
 from opd_agents.config import Lora, Self, load_config
 from opd_agents.errors import AlignmentError, CheckpointError, ConfigError
@@ -266,20 +265,12 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_resumed_run_is_the_uninterrupted_one(
-    kind: str, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, tiny_teacher: Path, tmp_path: Path, dies_after: Any
 ) -> None:
     teacher = RUNS[kind]
     whole = train(run(tmp_path / "whole", tiny_teacher, teacher))
-    original = trainer.train_step
-
-    def train_step(session: Any) -> Any:
-        if session.step == 3:
-            raise KeyboardInterrupt
-        return original(session)
-
     again = run(tmp_path / "again", tiny_teacher, teacher)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer, "train_step", train_step)
+    with dies_after(3):
         train(again)
     resumed = train(again, resume=True)
     one, other = tiny.final_state(whole), tiny.final_state(resumed)

@@ -10,12 +10,12 @@ import torch
 from rolling import desk_episodes, rolled
 from vllm_servers import HEAD, TOKENS, Served, serving
 
-from opd_agents import trainer
 from opd_agents.batch import Packed, pack
 from opd_agents.chat import Chat
 from opd_agents.config import Lora, RunConfig, Server, Vllm, load_config
 from opd_agents.episode import Limits
 from opd_agents.errors import AlignmentError, ConfigError, ServerError
+from opd_agents.export import export
 from opd_agents.frozen import frozen_terms
 from opd_agents.policies import transfer
 from opd_agents.policies.adapters import add_adapter
@@ -25,7 +25,6 @@ from opd_agents.policies.probe import Probe
 from opd_agents.policies.transfer import Reload
 from opd_agents.policies.vllm import VllmSampler
 from opd_agents.policies.vllm_client import VllmClient
-from opd_agents.session import Session
 from opd_agents.teachers import SampledLogprobs, TeacherTopK
 from opd_agents.teachers.local import LocalTeacher
 from opd_agents.teachers.vllm import VllmTeacher
@@ -47,7 +46,7 @@ class Pair(NamedTuple):
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory, desk_chat: Chat) -> Iterator[Pair]:
-    """Of a student whose head is its embeddings and a teacher of another architecture."""
+    """Of a student whose head is its embeddings and a teacher of another architecture, both exported."""
     folder = tmp_path_factory.mktemp("vllm")
     fields = {"num_hidden_layers": 2, "initializer_range": 0.3, "max_position_embeddings": 512} | HEAD
     models = {
@@ -56,7 +55,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory, desk_chat: Chat) -> Iterator[
     }
     for seed, (name, (kind, own)) in enumerate(models.items()):
         model = build_model(kind, fields | own, desk_chat.tokenizer, seed)
-        save_checkpoint(folder / name, model, desk_chat.tokenizer, desk_chat.settings)
+        save_checkpoint(folder / f"{name}-trained", model, desk_chat.tokenizer, desk_chat.settings)
+        export(folder / f"{name}-trained", folder / name)
     student = (folder / "student", {"VLLM_SERVER_DEV_MODE": "1"}, SAMPLES)
     with serving(folder / "log", student, (folder / "teacher", {}, [])) as (one, other):
         yield Pair(one, other)
@@ -294,23 +294,13 @@ def config(pair: Pair, output: Path, *overrides: str, **changes: Any) -> RunConf
     return load_config(raw | changes, *overrides)
 
 
-def test_a_distillation_with_both_on_vllm(
-    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_distillation_with_both_on_vllm(pair: Pair, tmp_path: Path, dies_after: Any) -> None:
     whole = tiny.metrics(train(config(pair, tmp_path / "run")))
     assert [row["step"] for row in whole] == [*range(1, 9)]
     ratios = [row["distill/log_ratio"] for row in whole]
     assert sum(ratios[-2:]) < 0.75 * sum(ratios[:2])
     assert all(row["total/teacher_tokens"] > 0 and row["total/flops"] > 0 for row in whole)
-    step = trainer.train_step
-
-    def dies(session: Session) -> dict[str, Any]:
-        if session.step == 3:
-            raise KeyboardInterrupt
-        return step(session)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer, "train_step", dies)
+    with dies_after(3):
         train(config(pair, tmp_path / "cut"))
     resumed = tiny.metrics(train(config(pair, tmp_path / "cut"), resume=True))
     assert [row["step"] for row in resumed] == [*range(1, 9)]
