@@ -33,7 +33,7 @@ quickstart: $(call stamp,)
 test: $(call stamp,$(TEST_EXTRAS)) $(if $(filter all,$(subst $(comma), ,$(EXTRAS))),vllm)
 	$(BIN)/python -m pytest $(ARGS)
 
-test-all: $(call stamp,dev$(comma)all$(comma)textworld) vllm
+test-all: $(call stamp,dev$(comma)all$(comma)textworld$(comma)wandb$(comma)mlflow) vllm
 	@set -o pipefail; \
 	{ echo "make test-all on $$(date +%F), Python $$($(BIN)/python -c 'import platform as p; print(p.python_version(), p.system(), p.machine())')"; \
 	  $(BIN)/python -m pytest -q --no-header --disable-warnings --durations=15 -m "" $(ARGS); } | tee docs/test-all.txt

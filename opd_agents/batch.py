@@ -92,6 +92,16 @@ EMPTY = MicroBatch(torch.zeros(1, 1, dtype=torch.int64), _NONE, _NONE, _NONE, 0)
 """One position and no action token: a pass over it gives zeros."""
 
 
+def range_of(turn: int) -> int:
+    """The range of depths that a turn (from 0) is of: turn 1, 2, 3-4, 5-8 and so on, counted from 1."""
+    return turn.bit_length()
+
+
+def turns_of(number: int) -> tuple[int, int]:
+    """The first and the last turn, counted from 1, of a range of depths."""
+    return 2**number // 2 + 1, 2**number
+
+
 def pack(trajectories: Sequence[Trajectory]) -> Packed:
     """Rows and action tokens of all trajectories, in their order.
 

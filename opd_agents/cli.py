@@ -22,6 +22,7 @@ from opd_agents import cli_files, cli_sandbox
 from opd_agents.cli_evaluate import evaluate
 from opd_agents.cli_options import Json, Options, environment_options, shipped
 from opd_agents.cli_rollout import rollout
+from opd_agents.cli_scaling import scaling
 from opd_agents.errors import ConfigError, OpdError, UserError
 from opd_agents.terminal import (
     check_table,
@@ -249,6 +250,23 @@ def report(
     from opd_agents.report import write_report
 
     out.print(f"Report: {write_report(runs, file)}", soft_wrap=True)
+
+
+app.command()(scaling)
+
+
+@app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that is being trained.")],
+    once: Annotated[bool, typer.Option("--once", help="Show it as it is now, and exit.")] = False,
+) -> None:
+    """Follow a run in the terminal while another process trains it; Ctrl-C leaves it running.
+
+    Example: `opd-agents watch runs/quickstart`
+    """
+    from opd_agents import watching
+
+    watching.watch(run, out, once=once)
 
 
 app.add_typer(cli_files.app)

@@ -61,14 +61,20 @@ def export_messages(
     model: Annotated[
         str | None, typer.Option(help="The checkpoint that wrote them; default: the run's.")
     ] = None,
+    form: Annotated[
+        Literal["messages", "completions", "preferences", "prompts"],
+        typer.Option("--format", help="OpenAI's messages, or rows for TRL: for SFT, DPO, GRPO."),
+    ] = "messages",
     only_success: Annotated[bool, typer.Option("--only-success", help="Successful episodes only.")] = False,
     skip_bad: Skip = False,
 ) -> None:
-    """Turn trajectories into chat messages, OpenAI's format, to train on here or elsewhere.
+    """Turn trajectories into chat messages, to train on here or elsewhere.
 
-    Example: `opd-agents export-messages runs/quickstart --only-success --out messages.jsonl`
+    Example: `opd-agents export-messages runs/quickstart --format preferences --out preferences.jsonl`
     """
     from opd_agents import traces as program
 
-    written = program.export_messages(source, file, model, only_success=only_success, skip_bad=skip_bad)
+    written = program.export_messages(
+        source, file, model, form=form, only_success=only_success, skip_bad=skip_bad
+    )
     print_written(written, file)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from types import MappingProxyType
 
 import torch
@@ -14,7 +15,7 @@ from opd_agents.composition import Composed
 from opd_agents.frozen import FrozenTerms
 from opd_agents.judging.opinions import NOTHING_SAID, Opinions
 from opd_agents.plugins import CreditFunction
-from opd_agents.types import Credit, Trajectory
+from opd_agents.types import TOKEN_DIGITS, Credit, Trajectory, Turn
 
 
 def assign_credit(
@@ -75,6 +76,62 @@ def with_factors(
         chosen = [{name: values[index] for name, values in given.items()} for index in indices]
         result.append([replace(credit, factors=f) for credit, f in zip(own, chosen, strict=True)])
     return result
+
+
+def with_tokens(
+    packed: Packed,
+    trajectories: Sequence[Trajectory],
+    credits: Sequence[Sequence[Credit]],
+    frozen: FrozenTerms | None,
+    composed: Mapping[str, Composed] = MappingProxyType({}),
+    learned: Tensor | None = None,
+) -> list[list[Credit]]:
+    """The credits with what is known by token; ``learned`` (bool [N]; None: all) is where some component
+    learns from."""
+    terms = frozen.references.get("teacher") if frozen else None
+    kl = advantage = None
+    if frozen is not None and terms is not None:
+        kl = frozen.logprob - terms.logprob if terms.kl is None else terms.kl
+    if composed:
+        advantage = torch.stack([one.advantage for one in composed.values()]).sum(0)
+    said = torch.ones(len(packed.target), dtype=torch.bool) if learned is None else learned
+    columns = zip(*(_by_turn(packed, values) for values in (kl, advantage, said)), strict=True)
+    in_order = [iter(own) for own in credits]
+    result: list[list[Credit]] = [[] for _ in trajectories]
+    for (episode, index), (kls, advantages, taught) in zip(packed.turns, columns, strict=True):
+        turn = trajectories[episode].turns[index]
+        alike = len(set(advantages)) == 1
+        own = replace(
+            next(in_order[episode]),
+            token_kl=tuple(_placed(turn, kls)),
+            token_advantage=advantages[:1] if alike else tuple(_placed(turn, advantages)),
+            unlearned=tuple(_gaps(_placed(turn, taught))),
+        )
+        result[episode].append(own)
+    return result
+
+
+def _by_turn(packed: Packed, values: Tensor | None) -> list[tuple[float, ...]]:
+    """Rounded ``values`` [N] of each turn; nothing of None."""
+    if values is None:
+        return [()] * len(packed.turns)
+    sizes = packed.turn.bincount(minlength=len(packed.turns)).tolist()
+    return [tuple(part.tolist()) for part in values.double().round(decimals=TOKEN_DIGITS).split(sizes)]
+
+
+def _placed(turn: Turn, values: Sequence[float]) -> Iterator[float]:
+    """One for each id of the action, 0 where it was forced; of nothing none."""
+    forced = {place for start, stop in turn.forced for place in range(start, stop)}
+    given = iter(values)
+    return (0.0 if i in forced else next(given) for i in range(len(turn.action_ids) if values else 0))
+
+
+def _gaps(learned: Iterator[float]) -> Iterator[tuple[int, int]]:
+    """The ranges of zeros."""
+    for value, run in groupby(enumerate(learned), key=lambda pair: pair[1]):
+        places = [place for place, _ in run]
+        if not value:
+            yield places[0], places[-1] + 1
 
 
 def factors(packed: Packed, credits: Sequence[Sequence[Credit]], component: str) -> Tensor:

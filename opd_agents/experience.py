@@ -13,12 +13,13 @@ from torch import Tensor
 from opd_agents.batch import Packed, pack
 from opd_agents.composition import Composed, compose, group_numbers, selected, source_of, weigh
 from opd_agents.config import Component, Distill, Policy, Preference
+from opd_agents.config.needs import selects_of
 from opd_agents.correction import Repair
-from opd_agents.credit import assign_credit, factors, with_factors
+from opd_agents.credit import assign_credit, factors, with_factors, with_tokens
 from opd_agents.discriminator import compared
 from opd_agents.errors import AlignmentError, EnvironmentContractError
-from opd_agents.frozen import FrozenTerms, check_behaviour, frozen_terms
-from opd_agents.judging import NOT_ASKED, Judged, Opinions
+from opd_agents.frozen import TOP_K, FrozenTerms, check_behaviour, frozen_terms
+from opd_agents.judging import NOT_ASKED, NOT_COMPARED, Compared, Judged, Opinions
 from opd_agents.plugins import Reward, load_credit, load_reward
 from opd_agents.policies.models import forward_flops
 from opd_agents.policies.probe import GAPS
@@ -50,6 +51,7 @@ class Experience:
     agreement: Mapping[tuple[str, int], float] = field(default_factory=dict)  # see Alternatives
     proposed: Judged = NOT_ASKED  # what a judge would have corrected in them
     locating_tokens: int = 0  # generated to find what is to be corrected
+    keyed: Compared = NOT_COMPARED  # what a judge says of the key steps of what was practised
     likeness: Tensor | None = None  # a discriminator's score of each trajectory (float32 [E]; NaN: of none)
 
     @property
@@ -90,11 +92,13 @@ def score(
     tokens, owned = config.trainer.micro_batch_tokens, session.world.owned(packed)
     signals, taught = session.score(packed, trajectories, owned)
     read = bool(packed.rows) and _reads_terms(session, trajectories)
-    frozen = frozen_terms(session.model, packed, signals, config.rollout.temperature, tokens, owned & read)
+    frozen = frozen_terms(
+        session.model, packed, signals, config.rollout.temperature, tokens, owned & read, overlap=TOP_K
+    )  # fmt: skip
     frozen = frozen.summed(session.world.sum).where_taught(taught)
     if read:
         mean_context = packed.n_tokens / len(packed.rows) / 2
-        session.totals["flops"] += forward_flops(session.model, packed.n_tokens, mean_context)
+        session.spend("update", forward_flops(session.model, packed.n_tokens, mean_context))
         check_behaviour(
             packed, trajectories, frozen, session.step, **GAPS[config.student.dtype],
             teacher_share=config.rollout.teacher_share,
@@ -130,7 +134,7 @@ def joined(experience: Experience, branches: Experience, repairs: tuple[Repair, 
     owned = torch.cat([experience.owned, branches.owned])
     return Experience(
         trajectories, pack(trajectories), signals, taught, frozen, owned, repairs, experience.feedback,
-        experience.agreement, experience.proposed, experience.locating_tokens,
+        experience.agreement, experience.proposed, experience.locating_tokens, experience.keyed,
     )  # fmt: skip
 
 
@@ -200,7 +204,25 @@ def credit(session: Session, experience: Experience) -> Assigned:
     credits = with_factors(packed, trajectories, credits, functions)
     weights |= {name: weights[name] * factors(packed, credits, name) for name in functions}
     coefs = {name: at(component.coef) for name, component in components.items()}
+    learned = _learned(experience, components, coefs, weights)
+    credits = with_tokens(packed, trajectories, credits, experience.frozen, composed, learned)
     return Assigned(coefs, chosen, weights, composed, credits)
+
+
+def _learned(
+    experience: Experience,
+    components: Mapping[str, Component],
+    coefs: Mapping[str, float],
+    weights: Mapping[str, Tensor],
+) -> Tensor:
+    """The tokens (bool [N]) that some component learns from; of one on pairs, those that may be in a pair."""
+    packed, result = experience.packed, torch.zeros(len(experience.packed.target), dtype=torch.bool)
+    for name, component in components.items():
+        selects = selects_of(component) if isinstance(component, Preference) else ()
+        seen = [selected(packed, experience.trajectories, select) for select in selects] or [weights[name]]
+        for values in seen if coefs[name] else ():
+            result |= values != 0
+    return result
 
 
 def _likeness(experience: Experience) -> Reward:

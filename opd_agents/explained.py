@@ -62,7 +62,7 @@ def _show_repair(found: Explained, repair: Mapping[str, Any]) -> None:
     turn, propose = repair["turn"], found.correction.propose
     where = "the one that the judge names" if propose.by == "judge" else LOCATED[propose.where]
     _heading(f"The error: action {turn + 1}, {where.format(**propose.model_dump())}")
-    if reason := found.reasons.get(turn):
+    if reason := found.episode.reasons.get(turn):
         out.print(escape(f"judge: {reason}"), highlight=False)
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
@@ -110,7 +110,9 @@ def _key_steps(practised: Sequence[Told]) -> Table:
         episode, start = told.trajectory, told.trajectory.branch
         if start is not None and len(episode.turns) > start.turn:  # else its environment failed
             credit = "\n".join(_credit(told.credits[start.turn], told.counted[start.turn]))
-            table.add_row(episode.outcome, start.key, _said(episode.turns[start.turn]), credit)
+            said, reason = _said(episode.turns[start.turn]), told.reasons.get(start.turn)
+            said += f"\n[dim]judge: {escape(_short(reason))}[/]" if reason else ""
+            table.add_row(episode.outcome, start.key, said, credit)
     return table
 
 
@@ -154,10 +156,10 @@ def _action(view: ActionView) -> str:
 
 def _credit(credit: Credit, counted: Mapping[str, float]) -> Iterator[str]:
     """All that is not as it is where nobody said anything; then the components that count the action."""
-    shown = {"kl_sum", "kl_mean", "teacher_logprob"}
+    elsewhere = {"kl_sum", "kl_mean", "teacher_logprob", "token_kl", "token_advantage", "unlearned"}
     for field in dataclasses.fields(credit):
         value, nothing = getattr(credit, field.name), getattr(Credit(), field.name)
-        if field.name in shown or value == nothing:
+        if field.name in elsewhere or value == nothing:
             continue
         parts = value.items() if isinstance(value, Mapping) else [(field.name, value)]
         yield from (f"{escape(name)} {_number(part)}" for name, part in parts if part != 0)

@@ -13,8 +13,8 @@ from typing import Any
 from opd_agents import envs
 from opd_agents.config import Correction, Preference, RunConfig, load_config
 from opd_agents.errors import OpdError, UserError
-from opd_agents.report.examples import NO_REPAIR, nouns
-from opd_agents.report.reading import Run, read_jsonl, read_run
+from opd_agents.report.examples import nouns
+from opd_agents.report.reading import Run, read_jsonl, read_run, repaired
 from opd_agents.types import Credit, Trajectory
 
 TRIES = 3  # steps that are played for an accepted repair
@@ -23,11 +23,12 @@ TRIES = 3  # steps that are played for an accepted repair
 @dataclass(frozen=True, slots=True)
 class Told:
     """An episode with the credit of its actions, and for each the components of the loss that count it, with
-    its weight there."""
+    its weight there; and what a judge gave as its reasons, by turn."""
 
     trajectory: Trajectory
     credits: Sequence[Credit]
     counted: Sequence[Mapping[str, float]]
+    reasons: Mapping[int, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,6 @@ class Explained:
     where: str
     episode: Told
     repair: Mapping[str, Any]
-    reasons: Mapping[int, str]  # what a judge gave, by turn
     branches: Sequence[Told]
     correction: Correction
 
@@ -124,7 +124,7 @@ def _found(run: Run, step: int | None) -> Explained | None:
     for file in sorted((run.path / "trajectories").glob("step-*.jsonl"), reverse=True):
         if step is not None and _step(file) != step:
             continue
-        for line in read_jsonl(file, skip_endings=NO_REPAIR):
+        for line in read_jsonl(file, repaired):
             if not line.get("repair") or line["repair"]["control"]:
                 continue
             if line["repair"]["accepted"]:
@@ -146,8 +146,7 @@ def _explained(run: Run, file: Path, line: Mapping[str, Any]) -> Explained:
     task = episode.trajectory.task
     return Explained(
         f"step {_step(file)}, {task.split} task {task.id} of {episode.trajectory.env_id}", episode,
-        line["repair"], {one["turn"]: one["reason"] for one in line["feedback"] if one["turn"] is not None},
-        others, config.correction,
+        line["repair"], others, config.correction,
     )  # fmt: skip
 
 
@@ -172,4 +171,5 @@ def _told(line: dict[str, Any], config: RunConfig) -> Told:
         for (_, turn), total, size in zip(packed.turns, sums.tolist(), sizes.tolist(), strict=True):
             if size:
                 counted[turn][name] = total / size * credits[turn].factors.get(name, 1.0)
-    return Told(trajectory, credits, counted)
+    reasons = {one["turn"]: one["reason"] for one in line["feedback"] if one["turn"] is not None}
+    return Told(trajectory, credits, counted, reasons)

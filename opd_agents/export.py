@@ -6,13 +6,15 @@ import shutil
 from pathlib import Path
 
 from opd_agents.errors import CheckpointError
+from opd_agents.model_card import model_card
 from opd_agents.policies.models import CHAT_FILE, load_merged, load_tokenizer, saved_dtype
 from opd_agents.runs import best_checkpoint, latest_checkpoint, write_folder
 
 
 def export(source: str | Path, to: str | Path, *, best: bool = False, dtype: str | None = None) -> Path:
     """Write the weights of ``source`` to a new folder ``to``: config, safetensors, the tokenizer with its
-    chat template, and the chat's settings. An adapter becomes part of its base. Returns the checkpoint taken.
+    chat template, and the chat's settings; of a run also its model card. An adapter becomes part of its base.
+    Returns the checkpoint taken.
 
     ``source`` is a checkpoint, or a run folder, of which the newest checkpoint is taken, or with ``best``
     the weights with the best evaluation. They keep their ``dtype`` unless one is given (float32, bfloat16).
@@ -27,6 +29,7 @@ def export(source: str | Path, to: str | Path, *, best: bool = False, dtype: str
         raise CheckpointError(
             f"{checkpoint} holds no *.safetensors, so its weights' dtype is unknown: give --dtype."
         )
+    card = model_card(checkpoint, place.name)
     model = load_merged(str(checkpoint), kept)
 
     def write(folder: Path) -> None:
@@ -34,6 +37,8 @@ def export(source: str | Path, to: str | Path, *, best: bool = False, dtype: str
         tokenizer.save_pretrained(folder)
         if (checkpoint / CHAT_FILE).is_file():
             shutil.copy(checkpoint / CHAT_FILE, folder)
+        if card is not None:
+            card.save(folder / "README.md")
 
     place.parent.mkdir(parents=True, exist_ok=True)
     write_folder(place, write)

@@ -26,6 +26,7 @@ from opd_agents.teachers import HiddenStates, SampledLogprobs, SpanLogprobs, Tea
 from opd_agents.types import Actor, Trajectory
 
 FEW = 32  # tokens, whose mean gap says little
+TOP_K = 16  # of which the overlap is told
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,15 +99,17 @@ def frozen_terms(
             for column, values in zip(columns, found, strict=True):
                 if column is not None and values is not None:
                     column[micro.tokens] = values.float().cpu()
-    nothing = {name: _nothing(signal, size) for name, signal in signals.items() if name not in references}
+    nothing = {n: _nothing(signal, size, overlap) for n, signal in signals.items() if n not in references}
     scored = {name: ReferenceTerms(*columns) for name, columns in references.items()}  # type: ignore[arg-type]
     return FrozenTerms(logprob, entropy, scored | nothing)
 
 
-def _nothing(signal: TeacherSignal, size: int) -> ReferenceTerms:
+def _nothing(signal: TeacherSignal, size: int, overlap: int) -> ReferenceTerms:
     """Of a rank that owns no token: zeros of the same fields as on the others."""
-    zeros, full = torch.zeros(size), isinstance(signal, HiddenStates)
-    return ReferenceTerms(zeros, *([zeros.clone() for _ in range(3)] if full else [None] * 3))
+    full = isinstance(signal, HiddenStates)
+    shared = overlap > 0 and isinstance(signal, HiddenStates | TeacherTopK)
+    known = (True, full, full, full, shared)
+    return ReferenceTerms(*(torch.zeros(size) if one else None for one in known))  # type: ignore[arg-type]
 
 
 def targets(signals: Mapping[str, TeacherSignal], tokens: Tensor, device: torch.device) -> dict[str, Target]:

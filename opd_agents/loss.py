@@ -49,11 +49,13 @@ TokenLoss: TypeAlias = Callable[[TokenTerms, Tensor], Tensor]
 @dataclass(frozen=True, slots=True)
 class Part:
     """One component in one update: ``coefficients`` [N] are coef * weight / denominator, 0 where it does not
-    look, and multiply its ``loss``; ``measure`` is what that reads of which reference, if any."""
+    look, and multiply its ``loss``; ``measure`` is what that reads of which reference, if any. Where the
+    loss clips, it marks in ``clipped`` (bool [N]) the tokens that it has left without a gradient."""
 
     coefficients: Tensor
     loss: TokenLoss
     measure: tuple[str, Measure] | None = None
+    clipped: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,14 +158,17 @@ def _policy(
         old = frozen.logprob
     ratio = _ratio(component, experience, old, counted, current)
     advantages = torch.where(share != 0, advantages, torch.zeros(()))
+    clipped = torch.zeros(len(share), dtype=torch.bool)
 
     def loss(terms: TokenTerms, tokens: Tensor) -> Tensor:
-        return surrogate(
+        found = surrogate(
             ratio(terms.logprob, tokens), advantages[tokens],
             clip_low=component.clip_low, clip_high=component.clip_high,
-        ).loss  # fmt: skip
+        )  # fmt: skip
+        clipped[tokens] = found.clipped
+        return found.loss
 
-    return Part(share, loss)
+    return Part(share, loss, clipped=clipped)
 
 
 def _ratio(

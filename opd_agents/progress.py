@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from opd_agents.alarms import alarms
 from opd_agents.config import RunConfig
 
 
@@ -46,10 +47,20 @@ class StopSignal:
 
 
 class Bar:
-    def __init__(self, progress: Progress, task: Any) -> None:
-        self._progress, self._task = progress, task
+    """``rows`` are the metrics of the steps before; their alarms have been told."""
+
+    def __init__(self, progress: Progress, task: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._progress, self._task, self._rows = progress, task, [*rows]
+        self._told = {(alarm.name, alarm.about) for alarm in alarms(rows)}
 
     def update(self, row: Mapping[str, Any]) -> None:
+        if self._progress.disable:
+            return
+        self._rows.append(row)
+        for alarm in alarms(self._rows):
+            if (alarm.name, alarm.about) not in self._told:
+                self._told.add((alarm.name, alarm.about))
+                self._progress.console.print(f"Alarm: {alarm}", markup=False, highlight=False)
         kl, success = row.get("distill/kl"), row.get("rollout/success")
         self._progress.update(
             self._task,
@@ -62,8 +73,11 @@ class Bar:
 
 
 @contextmanager
-def progress_bar(config: RunConfig, step: int, *, shown: bool = True) -> Iterator[Bar]:
-    """Step, success of the rollouts, KL per token, tokens per second, time left; on standard error."""
+def progress_bar(
+    config: RunConfig, step: int, rows: Sequence[Mapping[str, Any]], *, shown: bool = True
+) -> Iterator[Bar]:
+    """Step, success of the rollouts, KL per token, tokens per second, time left, and each alarm once; on
+    standard error. ``rows``: the metrics of the steps before."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), TextColumn("step {task.fields[step]}"),
         TextColumn("success {task.fields[success]}"), TextColumn("KL {task.fields[kl]}"),
@@ -71,4 +85,4 @@ def progress_bar(config: RunConfig, step: int, *, shown: bool = True) -> Iterato
     )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
         task = progress.add_task(config.name, total=1.0, success="-", kl="-", speed="-", step=step)
-        yield Bar(progress, task)
+        yield Bar(progress, task, rows)

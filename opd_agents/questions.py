@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from opd_agents import envs
-from opd_agents.batch import Packed, pack
+from opd_agents.batch import Packed, pack, range_of, turns_of
 from opd_agents.config import RunConfig, Self
 from opd_agents.config.base import bounds
 from opd_agents.config.needs import Need
@@ -30,7 +30,7 @@ from opd_agents.correction.states import saved_at
 from opd_agents.correction.verify import branched
 from opd_agents.episode import Episode, Limits
 from opd_agents.errors import AlignmentError, EnvironmentContractError, ReplayDivergence
-from opd_agents.frozen import frozen_terms
+from opd_agents.frozen import TOP_K, frozen_terms
 from opd_agents.intervals import Mean, mean, paired
 from opd_agents.policies.base import Policy
 from opd_agents.recommending import Answers, Depth, Figures, Recommendation, answer, plain, recommend
@@ -41,7 +41,6 @@ from opd_agents.teachers import Capability, Teacher
 from opd_agents.teachers.base import SERVES
 from opd_agents.types import Outcome, Trajectory
 
-TOP_K = 16  # of which the overlap is told
 FIRST_CONTINUED = 2**30  # stream numbers of continued episodes, out of the way of all that a step plays
 
 TOLD_LIVE = {"text", "expert"}  # what a teacher may be told while it plays
@@ -270,11 +269,6 @@ def _continued(
 # ---- by depth
 
 
-def range_of(turn: int) -> int:
-    """The range of depths that a turn (from 0) is of: turn 1, 2, 3-4, 5-8 and so on, counted from 1."""
-    return turn.bit_length()
-
-
 def _deepest(played: Sequence[Trajectory]) -> int:
     return max(range_of(len(one.turns) - 1) for one in played)
 
@@ -295,7 +289,7 @@ def _depth(
     continued = here(states.continued)
     went_on = {uid for uid, _ in continued}
     return Depth(
-        first=2**ranges.start // 2 + 1, last=2 ** (ranges.stop - 1),
+        first=turns_of(ranges[0])[0], last=turns_of(ranges[-1])[1],
         kl=text.mean("kl", ranges) or text.mean("log_ratio", ranges),
         refused=_arm(here(wrong)),
         agreement=_arm(here(states.agreement)),

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from opd_agents.batch import pack
 from opd_agents.config import Local, RunConfig, load_config
-from opd_agents.credit import assign_credit
+from opd_agents.credit import assign_credit, with_tokens
 from opd_agents.evaluation import load_suite, run_suite, summarise, table
 from opd_agents.evaluation.contestants import Contestant, load_contestant
 from opd_agents.frozen import frozen_terms
@@ -110,12 +110,14 @@ def _save(
     contestant: Contestant,
     checkpoints: Mapping[str, Path],
 ) -> None:
-    """Trajectories for the report; those of a student with KL(student || teacher) of every action."""
+    """Trajectories for the report; those of a student with KL(student || teacher) of every token."""
     credits: list[Any] = [[] for _ in trajectories]
     if contestant.chat is not None and name != "teacher":
         packed = pack(trajectories)
         student = load_model(str(checkpoints[name]), "float32")
         signal = LocalTeacher(str(checkpoints["teacher"]), contestant.chat).score(packed, 16384)
         frozen = frozen_terms(student, packed, {"teacher": signal}, 1.0, 16384)
-        credits = assign_credit(packed, trajectories, frozen, {}, {})
+        credits = with_tokens(
+            packed, trajectories, assign_credit(packed, trajectories, frozen, {}, {}), frozen
+        )
     save_trajectories(output, f"eval-{name}", map(trajectory_row, trajectories, credits))

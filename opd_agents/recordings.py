@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import TypeVar
 
@@ -21,7 +22,7 @@ from opd_agents.config import Recorded, RunConfig, Trajectories
 from opd_agents.envs.actions import format_calls
 from opd_agents.errors import ConfigError, DataError
 from opd_agents.messages import Conversation, read_conversation
-from opd_agents.rows import Rows
+from opd_agents.rows import Pairs, Rows
 from opd_agents.schedules import dealt
 from opd_agents.types import (
     Actor,
@@ -106,17 +107,19 @@ def to_conversation(trajectory: Trajectory, chat: Chat | None, tools: Sequence[T
     ``tools`` are those of its environment.
 
     Raises DataError for an episode without an action, for token ids without a chat, and for a turn whose
-    calls the template does not write or that did not all get an answer.
+    calls the template does not write or of which some got an answer and others did not.
     """
     opening = trajectory.messages
     system = opening[0].content if opening and opening[0].role == "system" else ""
+    system = system if chat is None or chat.system is None else chat.system  # as the model saw it
     messages = [message for message in opening if message.role != "system"]
     trained = [False] * len(messages)
     for number, turn in enumerate(trajectory.turns):
         where = f"{trajectory.uid}, turn {number}"
         said = _said(turn, chat, tools, where)
         answers = turn.messages
-        if said.tool_calls and len(answers) != len(said.tool_calls):  # the episode ended between two
+        ends_there = not answers and number + 1 == len(trajectory.turns)  # with calls that nothing answers
+        if said.tool_calls and len(answers) != len(said.tool_calls) and not ends_there:
             raise DataError(f"{where}: {len(said.tool_calls)} calls have {len(answers)} answers.")
         messages += [said, *answers]
         trained += [turn.weight > 0, *(False for _ in answers)]
@@ -296,12 +299,15 @@ class Recordings:
     def draw(self, step: int) -> list[Trajectory]:
         """The next conversations, in the places of the step's groups that the student does not roll out."""
         size, next_ = self.config.rollout.group_size, self.drawn(step)
+        sides = 2 if isinstance(self.rows, Pairs) else 1  # the two of a preference are a group
         trajectories = []
         for group in (~student_groups(self.config, step)).nonzero()[0].tolist():
             for number in range(group * size, (group + 1) * size):
                 epoch, place = divmod(next_, len(self.rows))
-                index = int(_order(self.config.seed, len(self.rows), epoch)[place])
-                trajectories.append(self._read(self.rows, index, f"{step:06d}-{number:04d}"))
+                row, side = divmod(place, sides)
+                index = int(_order(self.config.seed, len(self.rows) // sides, epoch)[row]) * sides + side
+                drawn = self._read(self.rows, index, f"{step:06d}-{number:04d}")
+                trajectories.append(replace(drawn, group=f"{step:06d}-g{group:04d}") if sides > 1 else drawn)
                 next_ += 1
         return trajectories
 

@@ -27,6 +27,7 @@ from opd_agents.distributed import World
 from opd_agents.episode import Episode, Limits
 from opd_agents.errors import ConfigError
 from opd_agents.judging.judge import Asks, Judging
+from opd_agents.policies.models import n_parameters
 from opd_agents.recordings import Recordings
 from opd_agents.teachers import Teacher, TeacherSignal
 from opd_agents.teachers.aligned import AlignedTeacher
@@ -36,7 +37,9 @@ from opd_agents.teachers.cached import CachedTeacher
 from opd_agents.teachers.conditioning import Conditioner
 from opd_agents.teachers.debate import Debaters
 from opd_agents.teachers.ensemble import EnsembleTeacher
+from opd_agents.teachers.local import ModelTeacher
 from opd_agents.teachers.self_teacher import CopyTeacher, SameModelTeacher
+from opd_agents.teachers.vllm import VllmTeacher
 from opd_agents.teaching import make_single, needs_of, parts_of, place, settings_of
 from opd_agents.types import Trajectory
 
@@ -173,7 +176,24 @@ class References:
 
     @property
     def flops(self) -> int:
-        return sum(teacher.flops for teacher in self.teachers.values())
+        """Of those that know theirs."""
+        return sum(one.flops or 0 for one in self.singles.values())
+
+    @property
+    def uncounted(self) -> dict[str, float]:
+        """The tokens of those that do not know their FLOPs, as `uncounted_tokens`; nothing where all do."""
+        unknown = [one.tokens for one in self.singles.values() if one.flops is None]
+        return {"uncounted_tokens": sum(unknown)} if unknown else {}
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """How many weights those have whose model is known here."""
+        found = {}
+        for name, single in self.singles.items():
+            one = single.teacher if isinstance(single, AlignedTeacher) else single
+            if isinstance(one, ModelTeacher | VllmTeacher):
+                found[name] = n_parameters(one.model)
+        return found
 
     def asks(self, name: str) -> Asks:
         """Who answers what is asked of one that can judge."""

@@ -24,7 +24,7 @@ from opd_agents.correction import (
 )
 from opd_agents.correction.states import Place, act_at, saved_at
 from opd_agents.experience import Experience, joined, score
-from opd_agents.judging import NOT_ASKED, Judged
+from opd_agents.judging import NOT_ASKED, NOT_COMPARED, Compared, Judged
 from opd_agents.policies import ExpertPolicy
 from opd_agents.policies.base import Policy
 from opd_agents.rollout import rollout
@@ -73,13 +73,22 @@ def with_repairs(session: Session, experience: Experience) -> Experience:
         if not failed or again + 1 == settings.repairs:
             break
         looked_at = score(session, failed)
+    repairs, keyed = _keyed(session, repairs, settings)
     practised = [one for repair in repairs for one in repair.practised]
     branches = [repair.branch for repair in repairs if repair.branch is not None]
-    told = replace(experience, proposed=judged, locating_tokens=locating_tokens)
+    told = replace(experience, proposed=judged, locating_tokens=locating_tokens, keyed=keyed)
     learned = session.keep([*branches, *practised], settings.kept)
     if not learned:  # nobody is asked about nothing
         return replace(told, repairs=tuple(repairs))
     return joined(told, score(session, learned), tuple(repairs))
+
+
+def _keyed(session: Session, repairs: list[Repair], settings: Correction) -> tuple[list[Repair], Compared]:
+    """With the key steps of what was practised as a judge has them, where it is asked."""
+    if settings.key_by != "judge":
+        return repairs, NOT_COMPARED
+    keyed = session.world.from_main(lambda: session.judge_key_steps(repairs))
+    return [repair.with_keys(keyed.keys) for repair in repairs], keyed
 
 
 def _located(session: Session, experience: Experience, settings: Correction, first: int) -> Located:

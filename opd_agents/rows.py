@@ -12,6 +12,7 @@ from typing import Any
 from opd_agents.errors import DataError
 
 DEFAULT_SPLIT = "train"  # of a row that names none
+SIDES = ("chosen", "rejected")  # of a preference
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,52 @@ class Rows(Sequence[Mapping[str, Any]]):
         if self.source is None:
             return f"{self.path}, line {self.numbers[index]}"
         return f"{self.path}, split {self.split!r}, row {self.numbers[index]} (counted from 0)"
+
+
+class Pairs(Rows):
+    """Rows of preferences, each read as two with ``prompt`` and ``completion``: what is chosen, a success,
+    then what is rejected, a failure of the same ``id``. Without ``prompt`` that is what both begin with."""
+
+    def __len__(self) -> int:
+        return 2 * super().__len__()
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return super().__getitem__(index)
+        return self._sides(index // 2, super().__getitem__(index // 2))[index % 2]
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        for number, row in enumerate(super().__iter__()):
+            yield from self._sides(number, row)
+
+    def where(self, index: int) -> str:
+        return f"{super().where(index // 2)}, {SIDES[index % 2]}"
+
+    def _sides(self, number: int, row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        chosen, rejected = (row.get(side, ()) for side in SIDES)
+        if not all(isinstance(side, list) and side for side in (chosen, rejected)):
+            raise DataError(
+                f"{super().where(number)}: `chosen` and `rejected` must be lists of messages, as in the first"
+                " row; preferences and conversations are read from files of their own."
+            )
+        begin = 0 if row.get("prompt") else shared(chosen, rejected)
+        common = {key: row[key] for key in row.keys() - {*SIDES, "success", "reward"}}
+        common |= {"id": row.get("id", str(number)), "prompt": row.get("prompt") or chosen[:begin]}
+        return [
+            common | {"completion": side[begin:], "success": side is chosen} for side in (chosen, rejected)
+        ]
+
+
+def sided(rows: Rows) -> Rows:
+    """As :class:`Pairs`, where the first row is a preference."""
+    is_pair = any(side in next(iter(rows)) for side in SIDES)
+    return Pairs(rows.path, rows.split, rows.source, rows.places, rows.numbers) if is_pair else rows
+
+
+def shared(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many items both begin with."""
+    both = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(both) if a != b), min(len(one), len(other)))
 
 
 def read_rows(path: str | Path, split: str | None = None) -> Rows:

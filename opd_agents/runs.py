@@ -45,7 +45,7 @@ class RunFolder:
                 f"{path} holds a run already. Add --resume to go on with it, give another `output=`, or "
                 "remove the folder."
             )
-        old = _read_config(stored) if started else config
+        old = read_config(stored) if started else config
         if changed := _differences(old, config):
             raise RunFolderError(
                 f"{path} was started with another config ({', '.join(changed)}); resume it with the config "
@@ -166,6 +166,14 @@ def save_trajectories(folder: Path, name: str, rows: Iterable[Mapping[str, Any]]
     write_whole(folder / "trajectories" / f"{name}.jsonl", "".join(to_json(row) + "\n" for row in rows))
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics, none before its first step. A line that is being written, or that a kill
+    cut off, is no row."""
+    file = path / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return [json.loads(line) for line in lines if _step_of(line) < math.inf]
+
+
 def checkpoints_in(path: Path) -> list[Path]:
     return sorted((path / "checkpoints").glob("step-*"), key=_number)
 
@@ -212,11 +220,12 @@ def best_checkpoint(path: Path) -> Path:
 def _with_stages(path: Path) -> list[Path]:
     """A run folder, or those of its stages in their order."""
     config = path / "config.yaml"
-    stages = (_read_config(config).get("stages") or {}) if config.is_file() else {}
+    stages = (read_config(config).get("stages") or {}) if config.is_file() else {}
     return [path / stage for stage in stages] or [path]
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
+    """The config.yaml of a run. Raises RunFolderError."""
     try:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
@@ -289,10 +298,10 @@ def _step_of(line: str) -> float:
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ; where the run is written to does not matter, nor what an endpoint may
-    cost and how fast it is asked."""
+    """Dotted keys whose values differ; where the run is written to and who else is told of it does not
+    matter, nor what an endpoint may cost and how fast it is asked."""
     result = []
-    free = ASKING if prefix.endswith("endpoint.") else {"output"}
+    free = ASKING if prefix.endswith("endpoint.") else {"output", "trackers"}
     for key in sorted({*old, *new} - free):
         a, b = old.get(key), new.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):

@@ -19,21 +19,32 @@ from opd_agents.batch import Packed
 from opd_agents.chat import Chat
 from opd_agents.config import (
     EVALUATION_METRICS,
+    FLOP_PARTS,
     RunConfig,
     SignedScheduled,
 )
-from opd_agents.correction import Alternatives, act_otherwise
+from opd_agents.correction import Alternatives, Repair, act_otherwise
 from opd_agents.curriculum import PassRates
 from opd_agents.discriminator import Discriminator
 from opd_agents.distributed import World
 from opd_agents.episode import Limits
 from opd_agents.errors import CheckpointError, ConfigError, RunFolderError
-from opd_agents.judging import NOT_ASKED, Judged, judge_corrections, judge_episodes, judge_preferences
+from opd_agents.judging import (
+    NOT_ASKED,
+    NOT_COMPARED,
+    Compared,
+    Judged,
+    Practised,
+    judge_corrections,
+    judge_episodes,
+    judge_key_steps,
+    judge_preferences,
+)
 from opd_agents.optimizers import ModelOptimizer
 from opd_agents.policies import ExpertPolicy, MixturePolicy, Policy
 from opd_agents.policies.base import Sampler
 from opd_agents.policies.mixture import TokenMixture
-from opd_agents.policies.models import save_checkpoint
+from opd_agents.policies.models import n_parameters, save_checkpoint
 from opd_agents.policies.sampler import TransformersSampler
 from opd_agents.recordings import Recordings, tools_of
 from opd_agents.references import References
@@ -45,7 +56,10 @@ from opd_agents.teachers.local import ModelTeacher
 from opd_agents.types import Trajectory, from_dict, to_json
 
 KEPT = "kept.jsonl"  # of a checkpoint
-TOTALS = ("generated_tokens", "correction_tokens", "teacher_tokens", "teacher_seconds", "flops", "seconds")
+TOTALS = (
+    *("generated_tokens", "correction_tokens", "teacher_tokens", "teacher_seconds"),
+    *("flops", *(f"flops/{part}" for part in FLOP_PARTS), "seconds"),
+)
 
 
 @dataclass
@@ -78,9 +92,8 @@ class Session:
         self.policies = self._policies()
         self._schedules, self._adaptive = schedules_in(self.config), adaptive_schedules(self.config)
         # of the counters below, in the totals already
-        nothing: dict[str, float] = {"teacher_tokens": 0, "teacher_seconds": 0, "flops": 0}
-        self._counted = nothing | dict.fromkeys(self.references.api_counts, 0)
-        self.totals |= dict.fromkeys(self.references.api_counts, 0)
+        self._counted: dict[str, float] = dict.fromkeys(self._spent(), 0)
+        self.totals |= dict.fromkeys((*self.references.api_counts, *self.references.uncounted), 0)
 
     def _policies(self) -> dict[str, Policy]:
         """Who acts, by the names of `rollout.source`."""
@@ -150,6 +163,14 @@ class Session:
             return NOT_ASKED
         return judge_corrections(self.references.asks(settings.by), settings, trajectories, tools_of)
 
+    def judge_key_steps(self, repairs: Sequence[Repair]) -> Compared:
+        """What the judge finds of the key steps that carrying them out leaves open."""
+        settings = self.config.judge
+        if settings is None:
+            return NOT_COMPARED
+        cases = [Practised(one.parent, one.turn, one.teacher_action, one.practised) for one in repairs]
+        return judge_key_steps(self.references.asks(settings.by), settings, cases, tools_of)
+
     def _helped(self, share: float) -> Policy:
         student = self.student_sampler
         if not (isinstance(self.teacher, ModelTeacher) and isinstance(student, TransformersSampler)):
@@ -218,25 +239,43 @@ class Session:
 
     def advance(self, generated_tokens: int, correction_tokens: int) -> None:
         """To the next step, with a new policy version; adds the step's tokens and FLOPs to the totals (those
-        of scoring and updates were added where they were spent)."""
+        of updates were added where they were spent, those of rollouts before repairs were looked for)."""
         self.step += 1
         self.student_sampler.reset(self.step)
         self.references.after_step(self.model, self.step)
         self.totals["generated_tokens"] += generated_tokens + correction_tokens
         self.totals["correction_tokens"] += correction_tokens
-        self.count()
+        self.count(sampled_for="teacher")
 
-    def count(self) -> None:
-        """Add to the totals what the models were used for since the last time."""
+    def count(self, sampled_for: str) -> None:
+        """Add to the totals what the models were used for since the last time.
+
+        FLOPs are of one of three ``FLOP_PARTS``. Those of the references are of ``teacher``, whether they
+        scored, acted or judged. A discriminator's, and the student's own passes over finished episodes with
+        and without gradient (see :meth:`spend`), are of ``update``. What the student sampled was
+        ``sampled_for`` the step's episodes, ``rollout``, or to find and prove repairs, which is what a
+        teacher's correction costs: ``teacher``.
+        """
+        parts = {"sampler": sampled_for, "references": "teacher", "discriminator": "update"}
         for key, value in (spent := self._spent()).items():
-            self.totals[key] += self.world.total(value - self._counted[key])
+            new = self.world.total(value - self._counted[key])
+            if key in parts:
+                self.spend(parts[key], new)
+            else:
+                self.totals[key] += new
         self._counted = spent
 
+    def spend(self, part: str, flops: float) -> None:
+        """Add FLOPs, of all ranks together, to the totals: to their part and to the sum of all."""
+        self.totals[f"flops/{part}"] += flops
+        self.totals["flops"] += flops
+
     def _spent(self) -> dict[str, float]:
-        flops = self.student_sampler.flops + self.references.flops
-        flops += self.discriminator.flops if self.discriminator else 0
-        scoring = {"teacher_tokens": self.references.tokens, "teacher_seconds": self.references.seconds}
-        return {**scoring, "flops": flops} | self.references.api_counts
+        references, discriminator = self.references, self.discriminator
+        flops = {"sampler": self.student_sampler.flops, "references": references.flops}
+        flops |= {"discriminator": discriminator.flops if discriminator else 0}
+        scoring = {"teacher_tokens": references.tokens, "teacher_seconds": references.seconds}
+        return flops | scoring | references.api_counts | references.uncounted
 
     def leave_out(self) -> None:
         """What the models were used for since the last step was no training, and counts nowhere."""
@@ -247,6 +286,11 @@ class Session:
         recent = {step: old for step, old in self.kept.items() if self.step - steps <= step < self.step}
         self.kept = recent | {self.step: [*repaired]}
         return [one for of_step in self.kept.values() for one in of_step]
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Weights of the student, and of the references whose models are known here, by their names."""
+        return {"student": n_parameters(self.model)} | self.references.parameters
 
     @property
     def _keeps(self) -> bool:

@@ -12,7 +12,7 @@ from opd_agents.config.weights import WithoutTokens
 from opd_agents.discriminator import make_discriminator
 from opd_agents.distributed import ALONE, World
 from opd_agents.episode import Episode
-from opd_agents.errors import ConfigError
+from opd_agents.errors import ConfigError, DataError
 from opd_agents.evaluation import load_suite
 from opd_agents.optimizers import ModelOptimizer
 from opd_agents.plugins import load_object
@@ -21,7 +21,7 @@ from opd_agents.policies.recomputation import prepare_recomputation
 from opd_agents.recordings import read_conversations, refuse_bad
 from opd_agents.references import References
 from opd_agents.rollout import check_conversation
-from opd_agents.rows import read_rows
+from opd_agents.rows import Pairs, Rows, read_rows, sided
 from opd_agents.runs import RunFolder, checkpoints_in, newest_checkpoint
 from opd_agents.session import Session
 from opd_agents.sharding import shard
@@ -29,17 +29,20 @@ from opd_agents.stored import recordings_of
 from opd_agents.student import load_student, make_sampler
 from opd_agents.tasks import check_experts, draw_episodes, split_sizes
 from opd_agents.teaching import check_references
+from opd_agents.trackers import check_trackers
 from opd_agents.types import SpanKind, to_json
 
 
 def check_inputs(config: RunConfig) -> None:
     """Raise UserError for what a stage names and does not exist, before a folder is made or a step taken."""
     _check_plugins(config)
+    check_trackers(config.trainer.trackers)
     split_sizes(config.environments)
     match config.rollout.source:
         case Recorded() as recorded:
-            rows = read_rows(recorded.dataset, recorded.split)
+            rows = sided(read_rows(recorded.dataset, recorded.split))
             refuse_bad(read_conversations(rows), len(rows))
+            _check_groups(config, rows)
         case Trajectories() as stored:
             read_rows(stored.trajectories)
     if config.evaluation:
@@ -60,6 +63,26 @@ def check_inputs(config: RunConfig) -> None:
     path = student.build.tokenizer if student.build else student.model
     if path and not checkpoints_in(config.folder):
         load_tokenizer(newest_checkpoint(path))
+
+
+def _check_groups(config: RunConfig, rows: Rows) -> None:
+    """The two sides of a preference are a group, and other rows are of none."""
+    rollout, components = config.rollout, config.loss.components.values()
+    if isinstance(rows, Pairs) and rollout.group_size != 2:
+        raise ConfigError(
+            f"{rows.path} holds preferences, two episodes each: take rollout.group_size: 2, not"
+            f" {rollout.group_size}."
+        )
+    if (
+        not isinstance(rows, Pairs)
+        and not rollout.actors
+        and any(one.kind == "preference" for one in components)
+    ):
+        raise DataError(
+            f"{rows.path} holds conversations, which are of no group, and a `preference` compares: give rows"
+            " with `prompt`, `chosen` and `rejected`, or let the student roll out groups"
+            " (rollout.source.student > 0)."
+        )
 
 
 def _check_plugins(config: RunConfig) -> None:
@@ -97,7 +120,7 @@ def load_session(config: RunConfig, folder: RunFolder, world: World = ALONE) -> 
         session.known = session.known.before(Path(newest_checkpoint(config.student.model)))
     if recordings is not None:
         references.fill_caches(recordings, config.trainer.micro_batch_tokens, world)
-        session.count()
+        session.count(sampled_for="rollout")
     session.student_sampler.reset(session.step)
     world.wait()  # nobody acts before the weights are where they act
     return session

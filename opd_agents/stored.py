@@ -8,7 +8,7 @@ from opd_agents.chat import Chat
 from opd_agents.config import Recorded, RunConfig, Trajectories
 from opd_agents.errors import DataError, UserError
 from opd_agents.recordings import Recordings, check_length, encode_row, tools_of
-from opd_agents.rows import Rows, read_rows
+from opd_agents.rows import Rows, read_rows, sided
 from opd_agents.types import Actor, Outcome, Trajectory, from_dict
 
 AGAIN = "Play them anew: opd-agents rollout ENV_ID --policy CHECKPOINT --out FILE."
@@ -27,7 +27,7 @@ def recordings_of(config: RunConfig, chat: Chat) -> Recordings | None:
 
     match rollout.source:
         case Recorded(dataset=path, split=split):
-            return Recordings(config, read_rows(path, split), encoded)
+            return Recordings(config, sided(read_rows(path, split)), encoded)
         case Trajectories(trajectories=path):
             return Recordings(config, read_rows(path), stored)
     return None

@@ -29,7 +29,7 @@ from opd_agents.policies.vllm import Transfer, VllmSampler
 from opd_agents.policies.vllm_client import VllmClient
 from opd_agents.recordings import texts
 from opd_agents.rollout import rollout
-from opd_agents.rows import read_rows
+from opd_agents.rows import read_rows, sided
 from opd_agents.runs import newest_checkpoint
 from opd_agents.tasks import draw_episodes, split_sizes
 from opd_agents.types import Actor
@@ -102,7 +102,7 @@ def _fresh_tokenizer(config: RunConfig, episodes: int) -> PreTrainedTokenizerBas
     """A word-level tokenizer read off the recordings and off training episodes of the scripted experts."""
     samples: list[str] = []
     if isinstance(source := config.rollout.source, Recorded):
-        samples += texts(read_rows(source.dataset, source.split))
+        samples += texts(sided(read_rows(source.dataset, source.split)))
         experts = [e for e in config.environments if envs.make(e.id, **e.options).has_expert]
         config = config.model_copy(update={"environments": experts})
     return build_word_tokenizer(samples + _expert_texts(config, episodes))

@@ -208,5 +208,6 @@ def print_written(written: Traces, file: Path) -> None:
     """What a conversion gave; the rows left out are told on standard error."""
     for reason in written.skipped:
         err.print(f"skipped: {escape(reason)}", soft_wrap=True, highlight=False)
-    counts = f"{written.conversations} conversations, {written.turns} turns, {written.tokens} action tokens"
+    learned = f", {written.turns} turns, {written.tokens} action tokens" if written.turns else ""
+    counts = f"{written.rows} {written.kind}{learned}"
     out.print(f"{file}: {counts}; {len(written.skipped)} skipped.", soft_wrap=True, highlight=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,18 @@ from opd_agents.distributed import World, join_world
 from opd_agents.errors import BudgetSpent
 from opd_agents.evaluation import load_suite, run_suite, summarise
 from opd_agents.evaluation.contestants import model_contestant
+from opd_agents.evaluation.results import versions
 from opd_agents.experience import credit, score, with_likeness
 from opd_agents.playing import Play, play_behind, play_step
 from opd_agents.probing import refuse_misaligned
 from opd_agents.progress import Interrupted, StopSignal, progress_bar
 from opd_agents.repairing import with_repairs
 from opd_agents.rollout import rollout
-from opd_agents.runs import BEST, RunFolder, latest_checkpoint
+from opd_agents.runs import BEST, RunFolder, latest_checkpoint, read_metrics
 from opd_agents.session import Session
 from opd_agents.starting import check_inputs, load_session
 from opd_agents.step_metrics import step_metrics, trajectory_rows
+from opd_agents.trackers import tracking
 from opd_agents.types import Actor, Trajectory
 from opd_agents.updates import update, update_discriminator
 
@@ -97,13 +99,14 @@ def _train_stage(config: RunConfig, resume: bool, probes: bool, world: World) ->
     session = load_session(config, folder, world)
     if probes and session.step == 0:
         refuse_misaligned(session)
+    told = max((row["step"] for row in read_metrics(folder.path)), default=0)
     folder.truncate(session.step)
     trainer = config.trainer
     with (
         closing(session.references),
         StopSignal(tells=world.is_main) as stop,
-        progress_bar(config, session.step, shown=world.is_main) as bar,
-        _tensorboard(config, session.step, world) as board,
+        progress_bar(config, session.step, read_metrics(folder.path), shown=world.is_main) as bar,
+        tracking(config, session.step, told, world) as track,
     ):
         if config.evaluation and config.evaluation.at_start and session.step == 0:
             session.evaluation_at_start = evaluate_session(session)
@@ -111,10 +114,7 @@ def _train_stage(config: RunConfig, resume: bool, probes: bool, world: World) ->
             row = _affordable_step(session)
             folder.log(row)
             bar.update(row)
-            if board is not None:
-                for key, value in row.items():
-                    if isinstance(value, (int, float)):
-                        board.add_scalar(key, value, session.step)
+            track(row)
             stopped = any(world.gather(stop.requested))
             if session.step % trainer.checkpoint_every == 0 or stopped:
                 _save_checkpoint(session)
@@ -130,7 +130,8 @@ def _train_stage(config: RunConfig, resume: bool, probes: bool, world: World) ->
     summary = {
         "name": config.name, "steps": session.step, "seconds": session.totals["seconds"],
         "evaluation_at_start": session.evaluation_at_start, "evaluation": session.evaluation,
-        "best": _best(folder), "ended": session.end, **totals,
+        "best": _best(folder), "ended": session.end, "parameters": session.parameters,
+        "versions": versions(), **totals,
     }  # fmt: skip
     folder.write_summary(summary)
     world.wait()  # a next stage starts from what is written
@@ -185,6 +186,7 @@ def train_step(session: Session) -> dict[str, Any]:
         trajectories = sorted(trajectories + session.recordings.draw(session.step), key=lambda t: t.uid)
     said = played.judged.feedback + otherwise.preferred.feedback
     scored = score(session, [*trajectories, *otherwise.trajectories], said, otherwise.agreement)
+    session.count(sampled_for="rollout")
     experience = with_likeness(session, with_repairs(session, scored))
     assigned, scheduled = session.world.from_main(lambda: credit(session, experience)), session.scheduled()
     losses = update(session, experience, assigned)
@@ -241,11 +243,3 @@ def evaluate_session(session: Session) -> dict[str, Any]:
         if best is None or result[key] > best[key]:
             session.folder.save_best({"step": session.step} | result, session.save_weights)
     return result
-
-
-def _tensorboard(config: RunConfig, step: int, world: World) -> Any:
-    if not (config.trainer.tensorboard and world.is_main):
-        return nullcontext()
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(config.folder / "tensorboard"), purge_step=step + 1)

@@ -10,9 +10,10 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache, partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -257,6 +258,9 @@ class ActionFeedback:
     hint: str = ""  # what would have helped at the beginning, as one knows after the end
 
 
+TOKEN_DIGITS = 3
+
+
 @dataclass(frozen=True, slots=True)
 class Credit:
     """Why one action is reinforced: all parts of its learning signal, logged as is.
@@ -268,6 +272,11 @@ class Credit:
     ``correction`` is the verdict on a repair proposed at this action; ``weight`` is the
     final weight of the action's tokens in every component, which ``factors`` multiply in those that have a
     credit function.
+
+    The rest is by token, one entry an id of ``Turn.action_ids``, rounded to ``TOKEN_DIGITS`` decimals, forced
+    ids having 0: ``token_kl`` is KL(student || teacher), of a teacher that tells log-probs only log q - log p
+    of the token; ``token_advantage`` the sum of the advantages of the policy components, a single entry where
+    all tokens have the same. ``unlearned`` are the ranges [start, stop) from which no component learns.
     """
 
     kl_sum: float | None = None
@@ -281,6 +290,9 @@ class Credit:
     correction: str | None = None
     weight: float = 1.0
     factors: Mapping[str, float] = field(default_factory=dict)
+    token_kl: tuple[float, ...] = ()
+    token_advantage: tuple[float, ...] = ()
+    unlearned: tuple[tuple[int, int], ...] = ()
 
 
 def to_json(value: Any) -> str:
@@ -301,20 +313,28 @@ def _fields(value: Any) -> dict[str, Any]:
 
 def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
     """The inverse of :func:`to_dict` for a noun of this module."""
-    hints = typing.get_type_hints(cls)
-    return cls(**{name: _convert(hints[name], value) for name, value in data.items()})
+    converters = _fields_of(typing.cast(Any, cls))  # mypy takes a type variable's class as not hashable
+    return cls(**{name: converters[name](value) for name, value in data.items()})
 
 
-def _convert(hint: Any, value: Any) -> Any:
-    origin = typing.get_origin(hint)
-    if value is None:
-        return None
+@cache
+def _fields_of(cls: type) -> dict[str, Callable[[Any], Any]]:
+    """What makes a field's value of its plain data, for each of them."""
+    return {name: _converter(hint) for name, hint in typing.get_type_hints(cls).items()}
+
+
+def _converter(hint: Any) -> Callable[[Any], Any]:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return _convert(next(a for a in typing.get_args(hint) if a is not type(None)), value)
+        convert = _converter(next(one for one in inner if one is not type(None)))
+        return lambda value: None if value is None else convert(value)
     if origin is tuple:
-        return tuple(_convert(typing.get_args(hint)[0], item) for item in value)
+        each = _converter(inner[0])
+        return tuple if each is _same else lambda value: tuple(each(item) for item in value)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return from_dict(hint, value)
-    if isinstance(hint, type) and issubclass(hint, StrEnum):
-        return hint(value)
+        return partial(from_dict, hint)
+    return hint if isinstance(hint, type) and issubclass(hint, StrEnum) else _same
+
+
+def _same(value: Any) -> Any:
     return value

@@ -57,6 +57,7 @@ def update(session: Session, experience: Experience, assigned: Assigned) -> dict
                     " divergence means a token that one model has and the other gives no probability."
                 )
             losses |= {"grad_norm": norm, "learning_rate": session.learning_rate}
+            losses |= _clip_shares(session, planned)
             session.optimizer_step()
             for key, value in losses.items():
                 measured.setdefault(key, []).append(value)
@@ -141,6 +142,16 @@ def accumulate(session: Session, experience: Experience, planned: Plan, *, share
     return _by_component(losses) | measured
 
 
+def _clip_shares(session: Session, planned: Plan) -> dict[str, float]:
+    """Of the tokens that count in a component that clips, the share whose gradient that took."""
+    shares = {}
+    for name, part in planned.parts.items():
+        if part.clipped is not None:
+            clipped = session.world.total(int(part.clipped.sum()))
+            shares[f"clipped/{name}"] = clipped / max(1, int(part.coefficients.ne(0).sum()))
+    return shares
+
+
 def _by_component(losses: Mapping[str, float]) -> dict[str, float]:
     return {f"loss/{name}": value for name, value in losses.items()} | {"loss": sum(losses.values())}
 
@@ -162,7 +173,7 @@ def _backward(session: Session, experience: Experience, planned: Plan) -> dict[s
         flops += forward_flops(*size) * (2 if lean else 1) + backward_flops(*size)
         for name, part in parts.items():
             losses[name] += float(part.detach())
-    session.totals["flops"] += session.world.total(flops)
+    session.spend("update", session.world.total(flops))
     everywhere = session.world.gather(losses)
     return {name: sum(rank[name] for rank in everywhere) for name in losses}
 
@@ -187,5 +198,5 @@ def _current_logprobs(session: Session, experience: Experience, batch: Tensor) -
     for micro in _passes(session, packed, batch & experience.owned):
         result[micro.tokens] = session.trained(partial(scored, micro=micro)).float().cpu()
         flops = forward_flops(session.trained.model, micro.n_tokens, micro.ids.shape[1] / 2)
-        session.totals["flops"] += session.world.total(flops)
+        session.spend("update", session.world.total(flops))
     return session.world.sum(result)

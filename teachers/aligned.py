@@ -188,7 +188,7 @@ class AlignedTeacher(Teacher):
         return self.teacher.tokens
 
     @property
-    def flops(self) -> int:
+    def flops(self) -> int | None:
         return self.teacher.flops
 
     def score_episodes(

@@ -81,8 +81,9 @@ class ApiTeacher(Teacher):
         return int(self.client.counts["prompt_tokens"] + self.client.counts["completion_tokens"])
 
     @property
-    def flops(self) -> int:
-        return 0
+    def flops(self) -> None:
+        """Nobody tells the size of what answers."""
+        return None
 
     def act(self, histories: Sequence[History]) -> list[Action]:
         """Raises what :meth:`ApiClient.ask` raises."""

@@ -128,8 +128,8 @@ class Teacher(Protocol):
         ...
 
     @property
-    def flops(self) -> int:
-        """Spent so far; 0 where that cannot be known."""
+    def flops(self) -> int | None:
+        """Spent so far; None where that cannot be known: its ``tokens`` are then told as uncounted."""
         ...
 
     def act(self, histories: Sequence[History]) -> list[Action]:

@@ -29,14 +29,15 @@ class CachedTeacher(Teacher):
 
     def __init__(self, cache: Cache, k: int, behind: Callable[[], Teacher] | None = None) -> None:
         self.cache, self.k, self.behind = cache, k, behind
-        self._tokens = self._flops = 0
+        self._tokens = 0
+        self._flops: int | None = 0
 
     @property
     def tokens(self) -> int:
         return self._tokens
 
     @property
-    def flops(self) -> int:
+    def flops(self) -> int | None:
         return self._flops
 
     def lacks(self, episode: Trajectory) -> bool:

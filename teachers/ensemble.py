@@ -51,8 +51,9 @@ class EnsembleTeacher(Teacher):
         return sum(member.tokens for member in self.members.values())
 
     @property
-    def flops(self) -> int:
-        return sum(member.flops for member in self.members.values())
+    def flops(self) -> int | None:
+        known = [member.flops for member in self.members.values()]
+        return None if None in known else sum(one or 0 for one in known)
 
     def act(self, histories: Sequence[History]) -> list[Action]:
         return self._acts.act(histories)

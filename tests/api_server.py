@@ -93,6 +93,8 @@ class Oracle:
         with self.expert.lock:
             if "better" in names:
                 return {"reason": "an oracle's", "better": self.better(asked)}
+            if "amounts_to" in names:
+                return {"reason": "an oracle's", "amounts_to": self.same(asked)}
             sound, expected = self.judged(asked)
         if "replacement" in names:
             wrong = sound.index(False) if False in sound else -1
@@ -109,6 +111,13 @@ class Oracle:
         env = self.expert.at({"messages": [*asked["task"], *told(asked["actions"])]})
         first, second = (worth(env, asked[name]) for name in ("first", "second"))
         return "first" if first >= second else "second"
+
+    def same(self, asked: Mapping[str, Any]) -> str:
+        """Which action has the effect of the one that is taken, in this state and under one noise."""
+        env = self.expert.at({"messages": [*asked["task"], *told(asked["actions"])]})
+        taken = effect(env, asked["taken"])
+        alike = (place for place in ("first", "second") if effect(env, asked[place]) == taken)
+        return next(alike, "neither")
 
     def judged(self, asked: Mapping[str, Any]) -> tuple[list[bool], list[str]]:
         """Of each action whether it is sound, and what the expert would have done."""
@@ -138,6 +147,13 @@ def worth(env: AgentEnv, action: str) -> tuple[bool, int]:
         *_, terminated, truncated, info = fork.step(fork.expert_action())
         turns += 1
     return bool(info.get("success")), -turns
+
+
+def effect(env: AgentEnv, action: str) -> tuple[str, bool, str]:
+    """The answer, whether it ends the episode, and the state after it."""
+    fork = env.fork()
+    observation, _, terminated, *_ = fork.step(action)
+    return observation, terminated, fork.state_digest()
 
 
 def verdict(names: Mapping[str, Any], sound: bool) -> dict[str, Any]:

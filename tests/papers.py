@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from engine import chosen
+from engine import T, chosen
 from torch import Tensor
 
 from opd_agents.batch import Packed
@@ -63,6 +63,11 @@ def clipped(ratio: Tensor, advantage: Tensor) -> Tensor:
 
 def gkd(seen: Seen) -> Tensor:
     return kl(seen.q, seen.p).mean()
+
+
+def temperature_aware(seen: Seen) -> Tensor:
+    """The student at the sampler's temperature."""
+    return kl((seen.p * T / 1.5).log_softmax(-1), seen.q).mean()
 
 
 def jsd(beta: float) -> Formula:

@@ -59,7 +59,7 @@ def test_a_student_imitates_a_teacher_that_only_acts(server, tmp_path):
     assert sum(row["api/requests"] for row in rows) == summary["total/api/requests"] > 0
     assert summary["total/api/cost"] >= summary["total/api/paid"] > 0  # some states come up again
     tokens = summary["total/api/prompt_tokens"] + summary["total/api/completion_tokens"]
-    assert summary["total/teacher_tokens"] == tokens
+    assert summary["total/teacher_tokens"] == summary["total/uncounted_tokens"] == tokens
     page = write_report([run], tmp_path / "report.html").read_text()
     successes = sum(row["rollout/episodes"] for row in rows)
     assert f"<dt>API cost per successful episode</dt><dd>{summary['total/api/cost'] / successes:.2g}" in page

@@ -29,7 +29,7 @@ SELF_TAUGHT = {name for name in ALL if "teacher" in yaml.safe_load(method_text(n
 # What an API gives is enough for these: they ask no more of the teacher than sampled tokens, or nothing.
 BY_SAMPLED = {
     *("fast_opd", "g_opd", "grpo", "hdpo_gate", "kdrl", "kdrl_annealed", "kdrl_mask", "lightning_opd"),
-    *("luffy", "opd_then_rl", "rlad", "scope", "sft", "srpo", "thinking_machines"),
+    *("luffy", "ema_anchor", "opd_then_rl", "rlad", "scope", "sft", "srpo", "thinking_machines"),
     *("guided_opd", "orpo_distill", "gad", "dagger", "sod", "atod", "tcod", "tcod_backward"),
     *("score_verified", "student_retry", "teacher_continues"),
 }

@@ -13,8 +13,8 @@ from opd_agents.config import list_methods
 from opd_agents.errors import AlignmentError, UserError
 
 COMMANDS = [
-    *("quickstart", "train", "evaluate", "rollout", "envs", "methods", "report", "export"),
-    *("import-messages", "export-messages", "sandbox"),
+    *("quickstart", "train", "evaluate", "rollout", "envs", "methods", "report", "scaling", "export"),
+    *("import-messages", "export-messages", "sandbox", "watch"),
 ]
 DESK = "opd_agents/OrderDesk-v0"
 

@@ -233,7 +233,7 @@ def of(**components: Any) -> dict[str, Any]:
             of(p=PAIRS | {"chosen": {"source": "correction"}}),
             ["loss.components.p", "repairs are of no group"],
         ),
-        (of(p=PAIRS) | {"rollout": {"source": {"dataset": "x"}}}, ["recordings are of none"]),
+        (of(p=PAIRS) | {"rollout": {"source": {"dataset": "x"}}}, ["group_size must be >= 2"]),
     ],
 )
 def test_an_impossible_combination_is_refused(change: dict[str, Any], parts: list[str]) -> None:

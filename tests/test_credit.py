@@ -7,12 +7,12 @@ from rolling import trajectory, turn
 from opd_agents.batch import pack
 from opd_agents.composition import Composed, reward_advantages
 from opd_agents.config import RewardPart, Select
-from opd_agents.credit import assign_credit
+from opd_agents.credit import assign_credit, with_tokens
 from opd_agents.frozen import FrozenTerms, frozen_terms
 from opd_agents.objectives import ReferenceTerms
 from opd_agents.policies.models import head, hidden_states
 from opd_agents.teachers import HiddenStates
-from opd_agents.types import Branch, Outcome
+from opd_agents.types import Branch, Credit, Outcome, Span, SpanKind
 
 T = 1.3  # the temperature that `sampled` was sampled at
 
@@ -149,3 +149,30 @@ def test_credit_holds_each_actions_parts():
     assert (first.correction, second.correction) == (None, "accepted")
     assert second.advantage == {"joint.verifier": 0.5, "joint.judge": -2.0}
     assert [c.weight for c in credits[2]] == [0.0, 1.0] and credits[2][1].correction is None
+
+
+def test_credit_by_token_has_an_entry_for_each_id_and_says_where_nothing_is_learned():
+    forced = (Span(SpanKind.THINK, 0, 1), Span(SpanKind.FORCED, 1, 3), Span(SpanKind.TEXT, 3, 4))
+    first = trajectory([turn([1], [2, 8, 8, 3], spans=forced), turn([3], [4, 5])], uid="a")
+    packed = pack([first, trajectory([], uid="c")])
+    assert packed.target.tolist() == [2, 3, 4, 5]
+    kl = torch.tensor([0.12349, 2.0, 3.0, 4.0])
+    advantage = {"a": torch.tensor([1.0, -1.0, 0.25, 0.25]), "b": torch.tensor([0.5, 0.5, 0.5, 0.5])}
+    composed = {name: Composed(values, {}, {}) for name, values in advantage.items()}
+    learned = torch.tensor([True, True, False, False])
+    plain = [[Credit(), Credit()], []]
+
+    def by_token(kl_of_terms):
+        terms = ReferenceTerms(torch.tensor([-1.0, -2.0, -3.0, -4.0]), kl_of_terms, None, None)
+        frozen = FrozenTerms(torch.full((4,), -0.5), torch.zeros(4), {"teacher": terms})
+        return with_tokens(packed, [first, first], plain, frozen, composed, learned)
+
+    (one, two), nothing = by_token(kl)
+    assert nothing == []
+    assert one.token_kl == (0.123, 0.0, 0.0, 2.0) and two.token_kl == (3.0, 4.0)
+    assert one.token_advantage == (1.5, 0.0, 0.0, -0.5)
+    assert two.token_advantage == (0.75,)  # the same for all
+    assert one.unlearned == ((1, 3),) and two.unlearned == ((0, 2),)
+    assert by_token(None)[0][1].token_kl == (2.5, 3.5)  # log q - log p
+    assert with_tokens(packed, [first, first], plain, None)[0][1] == Credit()
+    assert with_tokens(pack([]), [], [], None) == []

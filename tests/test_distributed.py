@@ -176,11 +176,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, server: A
 
 
 def assert_equal(one: Path, two: Path, tolerance: float = 1e-5) -> None:
-    """All that two runs leave, but for figures of time; FLOPs depend a little on which rows are batched."""
+    """All that two runs leave, but for figures of time; FLOPs depend a little on which rows are batched, and
+    a quotient of small differences on how they are rounded."""
     for mine, theirs in zip(tiny.metrics(one), tiny.metrics(two), strict=True):
         assert mine.keys() == theirs.keys()
         for key, value in tiny.timeless(mine).items():
-            wanted = pytest.approx(value, rel=0.02 if key == "total/flops" else tolerance, abs=tolerance)
+            loose = 0.02 if "flops" in key else 100 * tolerance if "snr" in key else tolerance
+            wanted = pytest.approx(value, rel=loose, abs=tolerance)
             assert theirs[key] == wanted, key
     for checkpoint in ("checkpoints/step-2", f"checkpoints/step-{len(tiny.metrics(one))}", "best"):
         first, second = one / checkpoint, two / checkpoint

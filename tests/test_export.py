@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
+import yaml
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from test_cli import refused
 from test_cli import run as command
@@ -18,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from opd_agents.errors import CheckpointError
 from opd_agents.evaluation import evaluate
 from opd_agents.export import export
+from opd_agents.model_card import model_card
 from opd_agents.policies.models import load_model
 from opd_agents.runs import latest_checkpoint
 from opd_agents.trainer import train
@@ -56,7 +61,7 @@ def test_an_adapter_is_merged(adapter: Path, tmp_path: Path) -> None:
     assert not [name for name in plain.state_dict() if "lora" in name or "base_layer" in name]
     names = {path.name for path in (tmp_path / "model").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
-    assert not names & {"optimizer.pt", "trainer.json", "adapter_config.json"}
+    assert not names & {"optimizer.pt", "trainer.json", "adapter_config.json"} and "README.md" in names
 
 
 def test_it_loads_where_there_is_no_peft(adapter: Path, tmp_path: Path) -> None:
@@ -106,6 +111,7 @@ def test_a_dtype(adapter: Path, tiny_teacher: Path, tmp_path: Path) -> None:
         assert {tensor.dtype for tensor in weights(folder).values()} == {torch.bfloat16}
         assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
         export(folder, tmp_path / f"{number}-as-is")
+        assert not (tmp_path / f"{number}-as-is/README.md").exists()  # of no run
         assert {tensor.dtype for tensor in weights(tmp_path / f"{number}-as-is").values()} == {torch.bfloat16}
 
 
@@ -114,6 +120,97 @@ def test_the_best_weights(adapter: Path, tmp_path: Path) -> None:
     best = load_model(str(adapter / "best"), "float32")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "best")
     torch.testing.assert_close(logits(model), logits(best), atol=1e-5, rtol=0)
+
+
+# ---- the model card ----
+
+
+def card_of(folder: Path) -> ModelCard:
+    return ModelCard.load(folder / "README.md")
+
+
+def test_a_card_tells_of_exactly_these_weights(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(adapter, tmp_path / "newest")
+    export(adapter, tmp_path / "best", best=True)
+    summary, best = (json.loads((adapter / f).read_text()) for f in ("summary.json", "best/evaluation.json"))
+    for name, step, figures in (("newest", 5, summary["evaluation"]), ("best", best["step"], best)):
+        card = card_of(tmp_path / name)
+        told = {one.metric_type: one for one in card.data.eval_results}
+        assert told["success"].metric_value == figures["success"]
+        args = {"episodes": figures["episodes"], "interval_95": figures["interval"]}
+        assert told["success"].metric_args == args and told["success"].dataset_split == "validation"
+        assert f"**tiny**, {step} steps, seed 0." in card.text
+        low, high = figures["interval"]
+        assert f"{100 * figures['success']:.1f} % | {100 * low:.1f} to {100 * high:.1f}" in card.text
+        assert ("The weights were chosen by these figures" in card.text) == (name == "best")
+        row = tiny.metrics(adapter)[step - 1] if step else {"total/flops": 0}
+        assert f"{row['total/flops']:,} FLOPs" in card.text or not step
+    assert (card.data.library_name, card.data.base_model, card.data.license) == ("transformers", None, None)
+    assert "preset `sft`" in card.text and "rank 4" in card.text  # the run that the student comes from, too
+    assert "from random weights (llama)" in card.text and "No licence is stated." in card.text
+    config = card.text.split("```yaml\n")[1].split("```")[0]
+    assert yaml.safe_load(config) == yaml.safe_load((adapter / "config.yaml").read_text())
+    assert f"transformers {transformers.__version__}" in card.text
+    monkeypatch.chdir(tmp_path)
+    exec(card.text.split("```python\n")[1].split("```")[0], {})  # the lines that show how to load it
+    assert "Hello" in capsys.readouterr().out
+
+
+@pytest.fixture
+def copied(adapter: Path, tmp_path: Path) -> Path:
+    """A run folder to change."""
+    return shutil.copytree(adapter, tmp_path / "run")
+
+
+def test_figures_of_other_weights_are_not_told(copied: Path) -> None:
+    older = model_card(copied / "checkpoints/step-4", "x")
+    state = json.loads((copied / "checkpoints/step-4/trainer.json").read_text())
+    assert older.data.eval_results[0].metric_value == state["evaluation"]["success"]
+    (copied / "summary.json").unlink()  # as if it were not done: step 5 was not evaluated yet
+    newest = model_card(copied / "checkpoints/step-5", "x")
+    assert newest.data.eval_results is None and "no evaluation of these weights" in newest.text
+    assert "before training" not in newest.text and "Trained with" not in newest.text
+    assert model_card(copied, "x") is model_card(copied / "trajectories", "x") is None
+
+
+def test_evaluations_in_the_run_folder_are_told(copied: Path) -> None:
+    rows = evaluate(
+        tiny.SUITE, [str(copied), "random"], limit=4, split="test", out=copied / "on_test"
+    )["policies"]  # fmt: skip
+    newest = model_card(copied / "checkpoints/step-5", "x").data.eval_results
+    mine = [one for one in newest if one.dataset_split == "test"]
+    assert [(one.metric_type, one.metric_value) for one in mine[:2]] == [
+        (key, rows[0][key]) for key in ("success", "success_greedy")
+    ]
+    assert len([one for one in newest if one.dataset_split == "validation"]) >= 2
+    older = model_card(copied / "checkpoints/step-4", "x").data.eval_results
+    assert {one.dataset_split for one in older} == {"validation"}  # other weights
+
+
+def test_base_and_licence_are_those_that_are_known(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = yaml.safe_load((copied / "config.yaml").read_text())
+    config["student"] |= {"model": "somebody/some-model", "build": None}
+    config["name"] = "```` fenced"
+    (copied / "config.yaml").write_text(yaml.safe_dump(config))
+    unknown = model_card(copied / "best", "x")
+    assert (unknown.data.base_model, unknown.data.license) == ("somebody/some-model", None)
+    assert "whose licence holds; it was not at hand here" in unknown.text
+    assert unknown.text.count("`````") == 2  # around the config
+    (copied / "cached.md").write_text("---\nlicense: mit\nlanguage: de\n---\nA model.")
+    found = lambda model, name: str(copied / "cached.md") if name == "README.md" else None  # noqa: E731
+    monkeypatch.setattr("opd_agents.model_card.try_to_load_from_cache", found)
+    known = model_card(copied / "best", "x")
+    assert (known.data.license, known.data.get("language")) == ("mit", None)
+    assert "licence mit by its card" in known.text
+    config["student"]["model"] = str(copied / "local")  # weights of unknown origin, with a card beside them
+    (copied / "config.yaml").write_text(yaml.safe_dump(config))
+    (copied / "local").mkdir()
+    (copied / "local/README.md").write_text("---\nlicense: other\nlicense_name: ours\n---\nA model.")
+    local = model_card(copied / "best", "x")
+    assert (local.data.base_model, local.data.license, local.data.license_name) == (None, "other", "ours")
+    assert "from `local`" in local.text and str(copied) not in local.text.split("## Config")[0]
 
 
 def test_what_is_exported_is_evaluated_and_trained_on(adapter: Path, tmp_path: Path) -> None:

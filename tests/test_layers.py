@@ -29,6 +29,9 @@ LAYERS = (
         *("discriminator", "session", "starting", "curriculum"),
         *(
             "step_metrics",
+            "token_metrics",
+            "episode_metrics",
+            "alarms",
             "experience",
             "repairing",
             "updates",
@@ -38,11 +41,11 @@ LAYERS = (
             "diagnostics",
         ),
         *("estimate", "checking", "intervals", "questions", "recommending"),
-        *("export", "traces"),
+        *("export", "traces", "trl_rows", "trackers", "model_card", "lineage"),
     ),
     (
         *("cli", "cli_evaluate", "cli_files", "cli_options", "cli_rollout", "cli_sandbox"),
-        *("terminal", "report", "quickstart"),
+        *("terminal", "report", "watching", "quickstart", "scaling", "cli_scaling"),
         *("explaining", "explained", "__main__", "__init__"),
     ),
 )

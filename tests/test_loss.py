@@ -351,7 +351,7 @@ def session(model, **trainer):
     )  # fmt: skip
     return SimpleNamespace(
         config=config, model=model, trained=Trained(model), optimizer=ModelOptimizer(model, "adamw", 0.0),
-        world=ALONE, totals={"flops": 0}, step=0,
+        world=ALONE, spend=lambda part, flops: None, step=0,
     )  # fmt: skip
 
 

@@ -37,9 +37,17 @@ from opd_agents.config import (
     method_text,
     reference_needs,
 )
+from opd_agents.correction import Repair
 from opd_agents.errors import ConfigError
 from opd_agents.experience import Experience, score, with_likeness
-from opd_agents.judging import Judged, judge_corrections, judge_episodes
+from opd_agents.judging import (
+    Compared,
+    Judged,
+    Practised,
+    judge_corrections,
+    judge_episodes,
+    judge_key_steps,
+)
 from opd_agents.playing import play_step
 from opd_agents.repairing import with_repairs
 from opd_agents.rollout import rollout
@@ -239,6 +247,7 @@ class Run:
         trajectories = [*played.trajectories, *otherwise.trajectories]
         scored = score(session, trajectories, played.judged.feedback, agreement)
         session.judge_errors = partial(mended, config)  # type: ignore[method-assign]
+        session.judge_key_steps = partial(keyed, config)  # type: ignore[method-assign]
         experience = with_likeness(session, with_repairs(session, scored))
         packed = experience.packed  # recorded log-probs as of a sampler that rounds, and of weights long past
         noise = torch.randn(len(packed.behaviour), generator=random)
@@ -288,6 +297,17 @@ def mended(config: RunConfig, failed: Sequence[Trajectory]) -> Judged:
         return {"number": 1, "reason": "", "replacement": ("Say.", "Say", "Say.Say.")[size % 3]}
 
     return judge_corrections(Answers(answer), config.judge, failed, lambda one: ())
+
+
+def keyed(config: RunConfig, repairs: Sequence[Repair]) -> Compared:
+    """By a judge who tells actions apart by their letters."""
+    assert config.judge is not None
+
+    def answer(asked: dict[str, Any]) -> Any:
+        return {"reason": "", "amounts_to": ("first", "second", "neither")[len(asked["taken"]) % 3]}
+
+    cases = [Practised(one.parent, one.turn, one.teacher_action, one.practised) for one in repairs]
+    return judge_key_steps(Answers(answer), config.judge, cases, lambda one: ())
 
 
 def without_loss(own: dict[str, Any]) -> dict[str, Any]:

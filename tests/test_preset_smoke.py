@@ -66,7 +66,8 @@ def started(method: str, folder: Path, **correction: Any) -> Session:
         raw["references"] = {"judge": {"kind": "api", "model": "none", "endpoint": endpoint}}
     raw["teacher"] = {"model": TEACHER}
     if "correction" in own:  # by whom a white-box teacher can do without an endpoint, and few of them
-        by = {"propose": {"by": "teacher", "where": "disagreed"}} if "judge" in own else {}
+        alone = {"propose": {"by": "teacher", "where": "disagreed"}, "key_by": "execution"}
+        by = alone if "judge" in own else {}
         raw["correction"] = {"episodes_per_step": 4, "token_share": 0.9, **by, **correction}
         raw |= {"judge": None} if by else {}
     if "teacher" in own:

@@ -27,6 +27,8 @@ from torch import Tensor
 
 from opd_agents.batch import pack
 from opd_agents.experience import Experience
+from opd_agents.loss import measure
+from opd_agents.objectives.measures import measured
 from opd_agents.teachers import SampledLogprobs
 from opd_agents.types import Outcome
 
@@ -135,6 +137,53 @@ def test_hdpo_adds_the_privileged_episodes_of_failed_groups(rewarded: Rewarded) 
 def with_rest(shares: Tensor, ids: Tensor) -> Tensor:
     head = shares.gather(1, ids)
     return torch.cat([head, 1 - head.sum(-1, keepdim=True)], 1)
+
+
+def anchored(component: Any) -> Any:
+    """To the reference that is at hand."""
+    return component.model_copy(update={"reference": "base"})
+
+
+def test_ema_anchor_adds_the_kl_over_the_top_k_and_a_sampled_tail(rewarded: Rewarded) -> None:
+    """GRPO, plus 0.01 times the terms of q's top 32 and, of a sampled token outside, its term over the
+    probability that it was sampled with."""
+    s, components = rewarded.seen(rewarded.episodes), preset("ema_anchor")
+    log_a, log_q = (log_probs(one, s.packed) for one in (rewarded.initial, rewarded.model))
+    best = log_q.topk(32).indices
+    head_q, head_a = log_q.gather(1, best), log_a.detach().gather(1, best)
+    outside = (best != s.packed.target[:, None]).all(1)
+    assert 5 < int(outside.sum()) < 0.9 * len(outside)
+    tail = (s.new - s.packed.behaviour.double()).exp() * (s.new - rewarded.seen(rewarded.episodes).base)
+    kl = ((head_q.exp() * (head_q - head_a)).sum(-1) + outside * tail).mean()
+    expected = rewarded.plain(surrogate(s.r, s.verified).mean() + 0.01 * kl)
+    ours = {"verifier": components["verifier"], "anchor": anchored(components["anchor"])}
+    assert_same(rewarded.trained(ours, [*rewarded.episodes, rewarded.shown]), expected, rtol=1e-5)
+    assert components["anchor"].reference == "anchor" and config_of("ema_anchor").references["anchor"].rate
+
+
+def test_the_tail_of_ema_anchor_has_the_gradient_of_the_whole_kl() -> None:
+    """In the exact expectation over the sampled token; that of the released code lacks that of q(tail)."""
+    random = torch.Generator().manual_seed(0)
+    vocabulary, (anchor,) = 50, [preset("ema_anchor")["anchor"]]
+    logits, other = (2 * torch.randn(vocabulary, generator=random, dtype=torch.float64) for _ in range(2))
+    logits.requires_grad_()
+    every = torch.arange(vocabulary)
+    log_q, log_a = logits.log_softmax(-1), other.log_softmax(-1)
+    q, tail = log_q.detach().exp(), torch.ones(vocabulary, dtype=torch.bool)
+    tail[log_q.topk(anchor.k).indices] = False
+
+    def gradient(value: Tensor) -> Tensor:
+        return torch.autograd.grad(value, logits, retain_graph=True)[0]
+
+    exact = measure(anchor, lambda schedule: 0.0, 1.0)  # nothing of it moves
+    whole = gradient((log_q.exp() * (log_q - log_a)).sum())
+    rows = (log_q.expand(vocabulary, -1), log_a.expand(vocabulary, -1))
+    ours = gradient((q * measured(*rows, exact, every, log_q.detach())).sum())
+    torch.testing.assert_close(ours, whole, rtol=1e-9, atol=1e-12)
+    head = (log_q.exp() * (log_q - log_a))[~tail].sum()
+    released = gradient(head + (q * (log_q - log_a).detach() * log_q)[tail].sum())
+    torch.testing.assert_close(released, whole - gradient(log_q.exp()[tail].sum()), rtol=1e-9, atol=1e-12)
+    assert float((released - whole).abs().max()) > 1e-3
 
 
 # ---- ends ----

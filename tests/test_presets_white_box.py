@@ -135,6 +135,7 @@ FORMULAS: dict[str, Formula] = {
     "fast_opd": papers.fast_opd,
     "lightning_opd": papers.fast_opd,
     "paced": papers.paced,
+    "temperature_aware": papers.temperature_aware,
     "thinking_machines": papers.thinking_machines,
 }
 
@@ -177,6 +178,7 @@ ENDS: list[tuple[str, list[str], Formula, float]] = [
     ("gkd", ["divergence=jsd", "beta=1e-8"], lambda seen: kl(seen.p, seen.q).mean(), 1e-8),
     ("gkd", ["divergence=jsd", "beta=0.99999999"], papers.gkd, 1e-8),
     ("gkd", ["denominator=episode"], papers.gkd_by_episode, 1.0),
+    ("temperature_aware", [f"temperature_teacher={T}"], lambda seen: kl(seen.p, seen.q).mean(), 1.0),
     ("veto", ["geometric=0"], papers.gkd_by_episode, 1.0),
     ("distillm", ["alpha=1e-8"], papers.gkd, 1.0),
     ("paced", ["weights=[{kind: pass_rate, alpha: 0, beta: 0}]"], papers.gkd, 1.0),
@@ -209,6 +211,16 @@ def test_of_all_tokens_the_candidates_have_the_gradient_of_the_reverse_kl(
     expected = seen.formula(papers.gkd)
     assert_same((expected[0], gradient), expected)
     assert value != pytest.approx(expected[0], rel=0.1)
+
+
+def test_a_sharpened_teacher_teaches_what_it_was(case: Any, graded: list[Trajectory], teacher: Any) -> None:
+    """Its logits are 1.5 times, at the sampler's temperature, those of the student, which then stays."""
+    calm, sharpened = in_float64(teacher), in_float64(teacher)
+    sharpened.lm_head.weight.data *= 1.5 / T
+    seen = case(graded, model=calm, judge=sharpened)
+    assert float(seen.loss(preset("temperature_aware"))[1].norm()) < 1e-9
+    plain_kl = changed("temperature_aware", f"{DISTILL}.temperature_teacher={T}")
+    assert float(seen.loss(plain_kl)[1].norm()) > 1e-2  # without it the student is sharpened, too
 
 
 def test_an_open_gate_over_all_tokens_adds_the_whole_forward_kl(case: Any, graded: list[Trajectory]) -> None:
@@ -282,7 +294,8 @@ def test_at_the_weights_that_sampled_no_ratio_is_clipped(
         assert_same(seen.loss(other), one, rtol=1e-5)
 
 
-EQUAL = sorted({*FORMULAS, "minillm", "distillm2", "revisiting_opd"} - {"scope", "entropy_aware"})
+MORE = {"scope", "entropy_aware", "temperature_aware"}  # than to be the teacher
+EQUAL = sorted({*FORMULAS, "minillm", "distillm2", "revisiting_opd"} - MORE)
 
 
 @pytest.mark.parametrize("name", EQUAL)

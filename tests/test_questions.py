@@ -15,13 +15,14 @@ from test_checking import failed, taught_by_api
 from typer.testing import CliRunner
 
 import opd_agents as opd
+from opd_agents.batch import range_of
 from opd_agents.checking import check
 from opd_agents.cli import app
 from opd_agents.config import RunConfig
 from opd_agents.correction.evidence import Arm
 from opd_agents.policies.base import Action, History
 from opd_agents.policies.models import Head
-from opd_agents.questions import Asked, ask, range_of
+from opd_agents.questions import Asked, ask
 from opd_agents.recommending import Choice
 from opd_agents.runs import RunFolder
 from opd_agents.session import Session
@@ -173,7 +174,7 @@ def test_figures_are_those_of_the_student_before_the_step(tmp_path: Path, tiny_t
     session = session_of(loaded)
     before = {name: weight.clone() for name, weight in session.model.state_dict().items()}
     found = ask(session, 8)
-    session.count()
+    session.count(sampled_for="rollout")
     assert session.totals["flops"] == session.totals["teacher_tokens"] == 0
     assert all(torch.equal(weight, before[name]) for name, weight in session.model.state_dict().items())
     [stage] = check(tiny.mix(tmp_path / "other", tiny_teacher), rollouts=8)

@@ -525,17 +525,17 @@ def test_traces_become_trajectories_and_messages_again(data: Path, tmp_path: Pat
     trajectories = [from_dict(Trajectory, row["trajectory"]) for row in read_rows(imported)]
     assert [t.outcome for t in trajectories] == [Outcome.FAILURE, Outcome.SUCCESS]
     again = export_messages(imported, exported, str(run))
-    assert (again.conversations, again.turns, again.skipped) == (2, 5, ())
+    assert (again.rows, again.turns, again.skipped) == (2, 5, ())
     first, second = (read_conversation(row, "x") for row in read_rows(exported))
     assert to_row(first) == to_row(read_conversation(OPENAI | {"success": False}, "x"))
     assert second.messages[1].tool_calls == (ToolCall("lookup", {"order": "B2"}),) and second.success
-    assert export_messages(imported, exported, str(run), only_success=True).conversations == 1
+    assert export_messages(imported, exported, str(run), only_success=True).rows == 1
 
 
 def test_an_experts_episodes_become_messages_to_train_on(tmp_path: Path) -> None:
     played, messages = tmp_path / "expert.jsonl", tmp_path / "messages.jsonl"
     command("rollout", tiny.DESK["id"], "--policy", "expert", "--episodes", "3", "--out", str(played))
-    assert export_messages(played, messages).conversations == 3
+    assert export_messages(played, messages).rows == 3
     read = [read_conversation(row, "x") for row in read_rows(messages)]
     assert all(one.success and one.tools and one.system for one in read)
     assert all(one.messages[1].tool_calls and one.messages[2].role == "tool" for one in read)

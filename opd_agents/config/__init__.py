@@ -28,6 +28,7 @@ from opd_agents.config.needs import Need, reference_needs, reference_top_k
 from opd_agents.config.run import RunConfig
 from opd_agents.config.sections import (
     EVALUATION_METRICS,
+    FLOP_PARTS,
     ChatSettings,
     Curriculum,
     Demonstrations,
@@ -61,6 +62,7 @@ from opd_agents.config.weights import Weight
 __all__ = [
     "EVALUATION_METRICS",
     "EXPERIMENTS",
+    "FLOP_PARTS",
     "Adaptive",
     "Api",
     "Cached",

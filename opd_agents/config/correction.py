@@ -91,7 +91,10 @@ class Correction(Section):
 
     ``practice``: from the state before each accepted repair, whose history is thereby proved good, the
     student plays on itself, a group of so many rollouts whose inherited turns weigh 0 (the short horizon of
-    SCoRe). They are of the source ``practice``; a `policy` compares their rewards with each other.
+    SCoRe). They are of the source ``practice``; a `policy` compares their rewards with each other. The first
+    action, the key step, is the repair or the student's former action where it asks for the same or has the
+    same effect (``key_by: execution``). Where that finds neither, a ``judge`` can say whether it amounts to
+    one of them, asked once for all equal actions in a state.
 
     Before the corrected action stands its author's own thought, if it has one (``reasoning: replace``), the
     student's (``keep``), or none (``drop``).
@@ -110,8 +113,18 @@ class Correction(Section):
     resumes: Literal["student", "teacher"] = "student"
     prefix_weight: float = Field(0.0, ge=0, le=1)
     practice: int | None = Field(None, gt=1)
+    key_by: Literal["execution", "judge"] = "execution"
     kept: int = Field(0, ge=0)
     verify: Verification = Verification()
     audit: Audit | None = Audit()
     random: float = Field(0.0, ge=0, lt=1)
     token_share: float = Field(0.18, gt=0, lt=1)  # of all generated tokens, spent on repairs and their proof
+
+    @model_validator(mode="after")
+    def _practised(self) -> Correction:
+        if self.key_by == "judge" and self.practice is None:
+            raise ValueError(
+                "`key_by: judge` is of what is practised: say how many rollouts, such as `practice: 8`, or"
+                " leave it out"
+            )
+        return self

@@ -90,11 +90,6 @@ def _recordings_fit(config: Stage) -> None:
         raise ValueError("`correction` repairs the student's episodes; rollout.source.student must be > 0")
     if config.rollout.demonstrations:
         raise ValueError("rollout.demonstrations are added to groups that the student rolls out, not to data")
-    if not config.rollout.actors and any(isinstance(c, Preference) for c in components.values()):
-        raise ValueError(
-            "a `preference` compares episodes of a group, and recordings are of none; let the student roll"
-            " out groups (rollout.source.student > 0)"
-        )
 
 
 def _trajectories_fit(config: Stage) -> None:
@@ -230,6 +225,12 @@ def _correction_fits(config: Stage) -> None:
                 f"{name}.key_step: value is the student's success after the repair, but correction.resumes:"
                 " teacher; take `match`, or let the student resume"
             )
+    paid = any(part.key_step for _, part in reward_parts(components))
+    if correction is not None and correction.key_by == "judge" and not paid:
+        raise ValueError(
+            "correction.key_by: judge pays for what no reward looks at: give a `policy` a reward with"
+            " `key_step`, or leave it out"
+        )
     if correction is not None and correction.kept:
         for name, component in components.items():
             if isinstance(component, Policy) and component.mismatch:

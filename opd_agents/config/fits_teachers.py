@@ -109,19 +109,21 @@ def _judge_fits(config: Stage) -> None:
     """What is made of judgements is asked for."""
     judge, rollout, correction = config.judge, config.rollout, config.correction
     proposes = correction is not None and correction.propose.by == "judge"
+    compares = correction is not None and correction.key_by == "judge"
     prefers = rollout.alternatives is not None and rollout.alternatives.preferred_by == "judge"
     uses = dict(_uses_of_judgements(config))
     if judge is None:
-        others = ["correction.propose"] * proposes + ["rollout.alternatives.preferred_by"] * prefers
+        others = ["correction.propose"] * proposes + ["correction.key_by: judge"] * compares
+        others += ["rollout.alternatives.preferred_by"] * prefers
         if needing := [*uses, *others]:
             raise ValueError(f"{needing[0]} needs a judge: give a section `judge`")
         return
     if "student" not in rollout.actors:
         raise ValueError("`judge` judges the student's episodes: let the student act (rollout.source)")
-    if not judge.ask and not (proposes or prefers):
+    if not judge.ask and not (proposes or compares or prefers):
         raise ValueError(
-            "judge.ask is empty: ask for score, verdict, or both, or let it propose (`correction`) or prefer"
-            " (`rollout.alternatives`)"
+            "judge.ask is empty: ask for score, verdict, or both, or let it propose or tell key steps"
+            " (`correction`) or prefer (`rollout.alternatives`)"
         )
     if "hint" in judge.ask and judge.per != "episode":
         raise ValueError("judge.ask: a hint is of an episode as a whole; take judge.per: episode")

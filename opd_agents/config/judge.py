@@ -16,8 +16,8 @@ class Judge(Section):
     began (OpenClaw-RL, arXiv 2603.10165; OPID, arXiv 2606.26790). One request an episode asks for all of it.
     What the answers are used for says the loss (``verbal`` rewards, the weights `verbal_score` and
     `verdict`), `rollout.demonstrations` and, of a hint, a teacher's `conditioning`. Where
-    `correction.propose` or `rollout.alternatives` names the judge, it also corrects episodes or compares
-    actions."""
+    `correction.propose`, `correction.key_by` or `rollout.alternatives` names the judge, it also corrects
+    episodes or compares actions."""
 
     by: str = "teacher"  # or one of `references`
     ask: list[Literal["score", "verdict", "hint"]]  # may be empty where it corrects or compares alone

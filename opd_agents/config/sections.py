@@ -224,6 +224,7 @@ class Discriminator(Section):
     learning_rate: Scheduled | None = None  # null: the student's
 
 
+FLOP_PARTS = ("rollout", "teacher", "update")  # what a run computes for; see Session.count
 EVALUATION_METRICS = ("eval/success", "eval/success_low", "eval/success_high", "eval/success_greedy")
 
 
@@ -262,7 +263,8 @@ class TrainerSettings(Section):
     keep_last: int = Field(2, gt=0)
     keep_best: Literal["success", "success_greedy"] | None = "success"  # of the evaluations; in best/
     gradient_checkpointing: bool = False  # recompute activations going backward: less memory, more time
-    tensorboard: bool = True
+    tensorboard: bool = True  # the metrics in the run folder's tensorboard/, too
+    trackers: list[Literal["wandb", "mlflow"]] = []  # ... and there; their own variables set them up
     threads: int | None = Field(None, gt=0)  # of torch on the CPU; a tiny model is fastest with one
 
 

@@ -16,7 +16,7 @@ from opd_agents.correction.states import may_be_repaired
 from opd_agents.envs import Snapshot
 from opd_agents.episode import Episode, Start
 from opd_agents.policies.base import Action
-from opd_agents.types import Branch, Task, Trajectory, Turn
+from opd_agents.types import Branch, KeyStep, Task, Trajectory, Turn
 
 FIRST_BRANCH = 2**20  # stream numbers of branches, out of the way of the step's episodes
 FIRST_AUDIT = 2**22  # ... of an audit's; between them are those of alternatives
@@ -61,6 +61,16 @@ class Repair:
     control: bool = False
     practised: tuple[Trajectory, ...] = ()  # the student's own from the state before
     failed: Trajectory | None = None  # a continuation of one that does no worse than its rivals
+
+    def with_keys(self, keys: Mapping[str, KeyStep]) -> Repair:
+        """With these key steps, by the uid of what was practised, and what they are worth."""
+        practised = []
+        for one in self.practised:
+            if (key := keys.get(one.uid)) is not None and one.branch is not None:
+                known = worth(key, self.evidence, self.practised)
+                one = dataclasses.replace(one, branch=dataclasses.replace(one.branch, key=key, worth=known))
+            practised.append(one)
+        return dataclasses.replace(self, practised=tuple(practised))
 
 
 @dataclass

@@ -296,6 +296,11 @@ def forward_flops(model: PreTrainedModel, tokens: int, context: float) -> int:
     return round(tokens * (2 * matrices + attention))
 
 
+def n_parameters(model: PreTrainedModel) -> int:
+    """How many weights it holds, embeddings included."""
+    return sum(map(_held, model.parameters()))
+
+
 def backward_flops(model: PreTrainedModel, tokens: int, context: float) -> int:
     """FLOPs of the backward pass to such a forward pass: twice as many, as every product has two gradients,
     but a frozen weight has none of its own."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from opd_agents.errors import RunFolderError
 from opd_agents.report.groups import Group
-from opd_agents.report.reading import Run, number, read_jsonl
+from opd_agents.report.reading import Run, number, read_jsonl, repaired
 from opd_agents.types import Actor, Credit, Outcome, SpanKind, StopReason, Trajectory, Turn, from_dict
 
 MOST_TURNS = 40  # of one episode; the middle of a longer one is left out
@@ -26,7 +26,6 @@ TIME_OUT = re.compile(r"time[sd]?[ -_]?out", re.IGNORECASE)
 SHOWN = {(False, True): 2, (True, False): 1, (False, False): 1, (True, True): 1}
 MOST_PAIRS = 4
 MOST_ACCEPTED, MOST_REJECTED = 3, 1
-NO_REPAIR = (b'"repair": null}', b'"repair":null}')
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +176,7 @@ def _by_task(path: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
             key = (trajectory["env_id"], trajectory["task"]["split"], trajectory["task"]["id"])
             temperature = float(trajectory["temperature"])
         except (KeyError, TypeError, ValueError) as error:
-            raise _unreadable(path, error) from error
+            raise unreadable(path, error) from error
         if key not in found or temperature > heat[key]:
             found[key], heat[key] = {**line, "path": path}, temperature
     return found
@@ -203,10 +202,10 @@ def nouns(line: Mapping[str, Any]) -> tuple[Trajectory, tuple[Credit, ...]]:
         trajectory = from_dict(Trajectory, line["trajectory"])
         return trajectory, tuple(from_dict(Credit, credit) for credit in line.get("credit") or ())
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _unreadable(line["path"], error) from error
+        raise unreadable(line["path"], error) from error
 
 
-def _unreadable(path: Path, error: Exception) -> RunFolderError:
+def unreadable(path: Path, error: Exception) -> RunFolderError:
     return RunFolderError(
         f"{path} holds a line that is no trajectory ({type(error).__name__}: {error}). "
         "It was written by another version or changed by hand; remove the file to report without it."
@@ -242,13 +241,14 @@ def _turns(trajectory: Trajectory, credit: Sequence[Credit]) -> tuple[TurnView, 
             observation=turn.observation,
             kl_sum=number(given.kl_sum),
             kl_mean=number(given.kl_mean),
-            flags=(*_flags(turn), *_judged(given)),
+            flags=(*flags(turn), *judged(given)),
         )
         for i, (turn, given) in enumerate(zip(trajectory.turns, scored, strict=True), start=1)
     )
 
 
-def _flags(turn: Turn) -> Iterator[tuple[str, str]]:
+def flags(turn: Turn) -> Iterator[tuple[str, str]]:
+    """What went wrong with an action."""
     if turn.parse_error:
         yield "parse error", turn.parse_error
     if turn.tool_error:
@@ -259,7 +259,7 @@ def _flags(turn: Turn) -> Iterator[tuple[str, str]]:
         yield "turn limit", "the environment ended the episode unfinished"
 
 
-def _judged(credit: Credit) -> Iterator[tuple[str, str]]:
+def judged(credit: Credit) -> Iterator[tuple[str, str]]:
     """What a judge said of the action."""
     if credit.score is not None:
         yield f"score {credit.score}", credit.reason
@@ -272,12 +272,12 @@ def _repairs(run: Run) -> tuple[RepairView, ...]:
     accepted: list[RepairView] = []
     rejected: list[RepairView] = []
     for label, stage in run.training():
-        proposer = _proposer(stage.config)
+        by = proposer(stage.config)
         for path in sorted((stage.path / "trajectories").glob("step-*.jsonl")):
             of_file: dict[bool, RepairView] = {}
-            for line in read_jsonl(path, skip_endings=NO_REPAIR):
+            for line in read_jsonl(path, repaired):
                 if line.get("repair") and (bool(line["repair"].get("accepted")) not in of_file):
-                    view = _repair({**line, "path": path}, label, proposer)
+                    view = _repair({**line, "path": path}, label, by)
                     of_file[view.accepted] = view
             accepted += [of_file[True]] if True in of_file else []
             rejected += [of_file[False]] if False in of_file else []
@@ -289,7 +289,7 @@ def _spread(views: Sequence[RepairView], n: int) -> Sequence[RepairView]:
     return views if len(views) <= n else [views[i * len(views) // n] for i in range(n)]
 
 
-def _proposer(config: Mapping[str, Any]) -> str:
+def proposer(config: Mapping[str, Any]) -> str:
     """Of a run's config, in which a section may be null."""
     correction = config.get("correction") or {}
     return str((correction.get("propose") or {}).get("by", "teacher"))
@@ -323,7 +323,7 @@ def _repair(line: Mapping[str, Any], stage: str, by: str) -> RepairView:
             later=tuple(_later(repair)),
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise _unreadable(line["path"], error) from error
+        raise unreadable(line["path"], error) from error
 
 
 def _arms(evidence: Mapping[str, Any]) -> dict[str, tuple[int, int]]:

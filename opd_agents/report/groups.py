@@ -23,6 +23,11 @@ class Group:
     name: str
     runs: tuple[Run, ...]
 
+    @property
+    def evaluated(self) -> bool:
+        """An evaluation's folder, and no run's."""
+        return self.runs[0].evaluated
+
     def training(self) -> dict[str, tuple[Run, ...]]:
         """Stage label -> that stage in every run which has it, in the order of the run."""
         stages: dict[str, list[Run]] = {}

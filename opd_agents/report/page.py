@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import re
+import hashlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from opd_agents.report import formatting
 from opd_agents.report.costs import api_facts
 from opd_agents.report.curves import comparison_charts, stage_charts
+from opd_agents.report.escaping import clip
 from opd_agents.report.examples import AFTER, BEFORE, examples
 from opd_agents.report.groups import Group, read_groups
 from opd_agents.report.inert import parts
-from opd_agents.report.policies import COLUMNS, during_run, headline, rows
+from opd_agents.report.policies import COLUMNS, comparisons, during_run, headline, rows
+from opd_agents.report.raised import raised
 from opd_agents.report.reading import number
-
-LONGEST_TEXT = 1200  # characters of one action or observation
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202a-\u202e\u2066-\u2069]")
+from opd_agents.report.trajectories import Viewer, viewer
 
 
-def render(paths: Sequence[Path]) -> str:
-    """The whole page.
+def render(paths: Sequence[Path], side_name: str) -> tuple[str, str]:
+    """The whole page, and the script with the trajectories that are not in it, which ``side_name`` names
+    there; "" where all are.
 
     Raises:
         RunFolderError: a folder or file that cannot be read.
@@ -44,15 +46,19 @@ def render(paths: Sequence[Path]) -> str:
         "count": formatting.count,
         "decimal": formatting.decimal,
     }
-    return environment.get_template("page.html.jinja").render(_context(groups))
+    found = viewer(groups, side_name)
+    context = _context(groups) | _viewer_context(found, side_name)
+    return environment.get_template("page.html.jinja").render(context), found.side if found else ""
 
 
-def clip(text: str) -> Markup:
-    """Text of a model or a tool, made safe to show: escaped, bounded, without control characters."""
-    shown = CONTROL.sub("\N{REPLACEMENT CHARACTER}", text[:LONGEST_TEXT])
-    rest = len(text) - LONGEST_TEXT
-    more = Markup('<span class="more"> … {} more characters</span>').format(f"{rest:,}") if rest > 0 else ""
-    return escape(shown) + more
+def _viewer_context(found: Viewer | None, side_name: str) -> dict[str, Any]:
+    """The script is ours and the data can end no element, so both are written as they are; nothing else in
+    the page may run, for only these elements know the ``nonce``."""
+    if found is None:
+        return {"viewer": None}
+    script = files("opd_agents.report").joinpath("viewer.js").read_text(encoding="utf-8")
+    shown = {"viewer": found, "side_name": side_name, "data": Markup(found.page), "script": Markup(script)}
+    return shown | {"nonce": hashlib.sha256(found.page.encode()).hexdigest()[:32]}
 
 
 def _context(groups: Sequence[Group]) -> dict[str, Any]:
@@ -69,6 +75,8 @@ def _context(groups: Sequence[Group]) -> dict[str, Any]:
         "columns": [title for _, title, _ in COLUMNS],
         "comparison": comparison_charts(groups, "all"),
         "examples": examples(groups[0]),
+        "compared": [comparison for group in groups for comparison in comparisons(group)],
+        "trained": any(group.training() for group in groups) or not any(group.evaluated for group in groups),
         "policy_names": (formatting.policy_label(BEFORE), formatting.policy_label(AFTER)),
     }
 
@@ -76,12 +84,14 @@ def _context(groups: Sequence[Group]) -> dict[str, Any]:
 def _group_context(group: Group, prefix: str) -> dict[str, Any]:
     return {
         "name": group.name,
+        "evaluated": group.evaluated,
         "n_seeds": len(group.runs),
         "folders": [str(run.path) for run in group.runs],
         "headline": headline(group),
         "facts": _facts(group),
         "pending": _pending(group),
         "parts": parts(group),
+        "raised": raised(group),
         "stages": [
             (label, stage_charts(stages, f"{prefix}s{i}"), max(len(stage.metrics) for stage in stages))
             for i, (label, stages) in enumerate(group.training().items())
@@ -90,7 +100,10 @@ def _group_context(group: Group, prefix: str) -> dict[str, Any]:
 
 
 def _facts(group: Group) -> list[tuple[str, str]]:
-    """What the training cost: sums over its stages, in one run or in all seeds."""
+    """What the training cost: sums over its stages, in one run or in all seeds; of an evaluation, what it
+    was."""
+    if group.evaluated:
+        return [(str(title), str(value)) for title, value in group.runs[0].summary.get("asked", {}).items()]
     stages = [stage for stages in group.training().values() for stage in stages]
     times = [seconds for run in group.runs if (seconds := number(run.summary.get("seconds"))) is not None]
     scope = [
@@ -101,6 +114,10 @@ def _facts(group: Group) -> list[tuple[str, str]]:
     for key, title, unit in (
         ("total/seconds", "Training time", formatting.seconds),
         ("total/flops", "Training compute", formatting.flops),
+        ("total/flops/rollout", "Compute for rollouts", formatting.flops),
+        ("total/flops/teacher", "Compute for the teacher", formatting.flops),
+        ("total/flops/update", "Compute for updates", formatting.flops),
+        ("total/uncounted_tokens", "Tokens of unknown compute", formatting.count),
         ("total/generated_tokens", "Generated tokens", formatting.count),
         ("total/teacher_tokens", "Teacher tokens", formatting.count),
     ):
@@ -111,7 +128,17 @@ def _facts(group: Group) -> list[tuple[str, str]]:
         ]
         if last:
             facts.append((", ".join([title, *scope]), unit(sum(last))))
-    return facts + api_facts(stages)
+    return facts + _ends(group) + api_facts(stages)
+
+
+def _ends(group: Group) -> list[tuple[str, str]]:
+    """Why the stages ended, by the key of the config that ended them, where they say so."""
+    found = []
+    for label, stages in group.training().items():
+        ends = dict.fromkeys(str(stage.summary["ended"]) for stage in stages if stage.summary.get("ended"))
+        if ends:
+            found.append(": ".join(filter(None, [label, " or ".join(ends)])))
+    return [("Ended by", "; ".join(found))] if found else []
 
 
 def _pending(group: Group) -> str:
@@ -119,6 +146,8 @@ def _pending(group: Group) -> str:
     running = [run for run in group.runs if not run.summary]
     if not running:
         return ""
+    if running[0].evaluated:
+        return "The evaluation has not finished: the same command goes on with it."
     stages = [stage for run in running for _, stage in run.training()]
     steps = [number(stage.metrics[-1].get("step")) or 0.0 for stage in stages]
     who = "This run has" if len(group.runs) == 1 else f"{len(running)} of {len(group.runs)} seeds have"

@@ -72,6 +72,8 @@ def rows(groups: Sequence[Group]) -> list[Row]:
         figures = policy_figures(group)
         colours = _colours(list(figures))
         found = [replace(_row(group.name, key, figures[key]), colour=colours[key]) for key in figures]
+        if group.evaluated:  # by the names that the command was given
+            found = [replace(row, label=row.key) for row in found]
         students = {
             row.key: row.sampled
             for row in found
@@ -114,6 +116,42 @@ def headline(group: Group) -> Headline | None:
                     "" if before == "student_before" else f"“{first.label}” to “{last.label}”",
                 )
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A policy of an evaluation beside its baseline, on the same tasks; p is McNemar's. ``greedy`` is the
+    same of the greedy episodes, None where it was not compared."""
+
+    policy: str
+    baseline: str
+    sampled: str
+    p: str
+    greedy: str
+
+
+def comparisons(group: Group) -> list[Comparison]:
+    """Those of an evaluation; none of a run."""
+    found = []
+    for run in group.runs:
+        for row in run.summary.get("comparisons", ()) if run.evaluated else ():
+            sampled, p = _difference(row)
+            greedy, _ = _difference(row.get("greedy") or {})
+            found.append(Comparison(str(row.get("policy")), str(row.get("baseline")), sampled, p, greedy))
+    return found
+
+
+def _difference(row: Mapping[str, Any]) -> tuple[str, str]:
+    """The difference in success with its interval, and p."""
+    value, bounds = number(row.get("difference")), row.get("interval") or (None, None)
+    low, high = number(bounds[0]), number(bounds[1])
+    p = number((row.get("mcnemar") or {}).get("p"))
+    if value is None:
+        return formatting.ABSENT, formatting.ABSENT
+    shown = formatting.points(value)
+    if low is not None and high is not None:
+        shown += f" ({formatting.points(low)} to {formatting.points(high)})".replace(" points", "")
+    return shown, formatting.ABSENT if p is None else f"{p:.2g}"
 
 
 def policy_figures(group: Group) -> dict[str, list[Mapping[str, Any]]]:

@@ -1,11 +1,11 @@
-"""A run folder as data: config, metrics, summary, stages, seeds, and its trajectory lines."""
+"""A folder as data: a run's config, metrics, summary, stages and seeds; an evaluation's figures."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,17 @@ import yaml
 from opd_agents.errors import RunFolderError
 
 RUN_FILES = ("metrics.jsonl", "summary.json", "config.yaml")
+HOW, RESULT = "how.json", "evaluation.json"  # of an evaluation
 NOT_STAGES = {"checkpoints", "trajectories"}
+AGAIN = "Remove the file, and run the same command again to write it anew."
 SEED_FOLDER = re.compile(r"seed-(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """One run folder. ``metrics`` holds one flat mapping a step; ``parts`` are sub-folders with runs in
-    them: the stages, or, in ``seeds``, the same run at several seeds."""
+    them: the stages, or, in ``seeds``, the same run at several seeds. Of a folder that `evaluate --out` wrote
+    (``evaluated``) there are the figures alone, in the form of a summary."""
 
     path: Path
     name: str
@@ -31,6 +34,7 @@ class Run:
     summary: Mapping[str, Any]
     parts: tuple[Run, ...]
     seeds: tuple[Run, ...]
+    evaluated: bool = False
 
     def training(self, label: str = "") -> Iterator[tuple[str, Run]]:
         """Everything below here that has training steps, as (label, run); the label of the run itself
@@ -40,25 +44,41 @@ class Run:
         for part in self.parts:
             yield from part.training(f"{label}/{part.path.name}".lstrip("/"))
 
+    def everything(self, label: str = "") -> Iterator[tuple[str, Run]]:
+        """This run and all below it, labelled so."""
+        yield label, self
+        for part in self.parts:
+            yield from part.everything(f"{label}/{part.path.name}".lstrip("/"))
+
+    def episode_files(self) -> list[Path]:
+        """The trajectory files of this run or evaluation, without those of its parts."""
+        folder, names = (self.path, "eval-*") if self.evaluated else (self.path / "trajectories", "*")
+        return sorted(folder.glob(f"{names}.jsonl"))
+
     def modified(self) -> float:
         """When the run last wrote, in seconds since the epoch."""
-        files = [self.path / name for name in RUN_FILES if (self.path / name).is_file()]
+        names = (HOW, RESULT) if self.evaluated else RUN_FILES
+        files = [self.path / name for name in names if (self.path / name).is_file()]
         times = [file.stat().st_mtime for file in files]
         return max([*times, *(run.modified() for run in (*self.parts, *self.seeds))], default=0.0)
 
 
 def read_run(path: Path) -> Run:
-    """Read a run folder and the runs below it.
+    """Read a run folder and the runs below it, or the folder of an evaluation.
 
     Raises:
         RunFolderError: the folder is missing, holds no run, or one of its files is broken.
     """
     if not path.is_dir():
         raise RunFolderError(f"There is no run folder {path}. Give a folder that `opd-agents train` wrote.")
+    if not is_run_folder(path) and any((path / name).is_file() for name in (HOW, RESULT)):
+        figures = _read_evaluation(path / RESULT)
+        return Run(path, path.resolve().name, {}, (), figures, (), (), evaluated=True)
     if not is_run_folder(path):
         raise RunFolderError(
             f"{path} is no run folder: neither metrics.jsonl nor summary.json is in it or in its stages. "
-            "Give the folder that `opd-agents train` or `opd-agents quickstart` wrote, such as runs/NAME."
+            "Give the folder that `opd-agents train` or `opd-agents quickstart` wrote, such as runs/NAME, or"
+            " `opd-agents evaluate --out`."
         )
     config = _read_config(path / "config.yaml")
     children = [child for child in sorted(path.iterdir()) if child.is_dir() and is_run_folder(child)]
@@ -86,11 +106,16 @@ def is_run_folder(path: Path) -> bool:
     return any(is_run_folder(child) for child in below)
 
 
-def read_jsonl(path: Path, skip_endings: tuple[bytes, ...] = ()) -> Iterator[dict[str, Any]]:
+def repaired(line: bytes) -> bool:
+    """Whether a line of a trajectory file holds a repair, which is its last field."""
+    return not line.endswith((b'"repair": null}', b'"repair":null}'))
+
+
+def read_jsonl(path: Path, wanted: Callable[[bytes], bool] = lambda line: True) -> Iterator[dict[str, Any]]:
     """The objects of a JSON-lines file, none if there is no such file.
 
-    A broken last line is passed over: the run may be writing it. Lines that end with one of
-    ``skip_endings`` are passed over unparsed, because trajectory files are large.
+    A broken last line is passed over: the run may be writing it. Lines that are not ``wanted`` are passed
+    over unparsed, because trajectory files are large.
 
     Raises:
         RunFolderError: a broken line that is not the last.
@@ -101,7 +126,7 @@ def read_jsonl(path: Path, skip_endings: tuple[bytes, ...] = ()) -> Iterator[dic
         broken: RunFolderError | None = None
         for number, line in enumerate(file, start=1):
             line = line.strip()
-            if not line or line.endswith(skip_endings):
+            if not line or not wanted(line):
                 continue
             if broken:
                 raise broken
@@ -126,17 +151,15 @@ def number(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def prepare_output(runs: Sequence[Path], out: Path | None) -> Path:
-    """Where the report goes; its folder is made.
+def prepare_output(target: Path) -> None:
+    """Make the folder that the report goes to.
 
     Raises:
         RunFolderError: the place is a folder.
     """
-    target = runs[0] / "report.html" if out is None else Path(out)
     if target.is_dir():
         raise RunFolderError(f"{target} is a folder. Give a file to write, such as {target / 'report.html'}.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    return target
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:
@@ -154,17 +177,39 @@ def _read_config(path: Path) -> Mapping[str, Any]:
 
 
 def _read_summary(path: Path) -> Mapping[str, Any]:
+    value = _read_json(path)
+    policies, evaluation = value.get("policies", {}), value.get("evaluation") or {}
+    if not isinstance(policies, Mapping) or not all(isinstance(p, Mapping) for p in policies.values()):
+        raise RunFolderError(f"{path} holds no mapping of policies to their figures. {AGAIN}")
+    if not isinstance(evaluation, Mapping):
+        raise RunFolderError(f"{path}: `evaluation` is no mapping. {AGAIN}")
+    return value
+
+
+def _read_evaluation(path: Path) -> Mapping[str, Any]:
+    """Its policies as those of a summary, with its comparisons; nothing of one that has not finished."""
+    value = _read_json(path)
+    try:
+        rows = [{**row, **row.get("spent", {})} for row in value.get("policies", ())]
+        compared = [dict(row) for row in value.get("comparisons", ())]
+        if not value:
+            return {}
+        asked = {"Suite": value["suite"], "Split": value["split"]}
+        if how := value.get("how"):
+            asked |= {"Samples a task": how["samples"], "Seed": how["seed"]}
+        policies = {str(row["policy"]): row for row in rows}
+        return {"policies": policies, "comparisons": compared, "asked": asked}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunFolderError(f"{path} holds no list of policies and their figures. {AGAIN}") from error
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
-    remedy = "Remove the file, and run the same command again to write it anew."
     try:
         value = json.loads(path.read_bytes())
     except ValueError as error:
-        raise RunFolderError(f"{path} is no JSON: {error}. {remedy}") from error
-    policies = value.get("policies", {}) if isinstance(value, Mapping) else None
-    evaluation = value.get("evaluation") or {} if isinstance(value, Mapping) else None
-    if not isinstance(policies, Mapping) or not all(isinstance(p, Mapping) for p in policies.values()):
-        raise RunFolderError(f"{path} holds no mapping of policies to their figures. {remedy}")
-    if not isinstance(evaluation, Mapping):
-        raise RunFolderError(f"{path}: `evaluation` is no mapping. {remedy}")
+        raise RunFolderError(f"{path} is no JSON: {error}. {AGAIN}") from error
+    if not isinstance(value, Mapping):
+        raise RunFolderError(f"{path} holds no mapping of policies to their figures. {AGAIN}")
     return value

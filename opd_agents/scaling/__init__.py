@@ -1,0 +1,1 @@
+"""``opd-agents scaling``: success against compute, over runs of several seeds."""
