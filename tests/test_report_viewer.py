@@ -210,7 +210,8 @@ def test_too_many_are_thinned_out_evenly_but_for_repairs(
 def test_alarms_mark_the_steps_that_raised_them(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     rows = [
-        {"step": s, "groups/total": 8, "groups/nonzero": 8 if s < 6 else 0, "rollout/success": 0.2}
+        {"step": s, "groups/total": 8, "groups/nonzero": 8 if s < 6 else 0}
+        | {"rollout/success": 0.2, "rollout/pass_at_8": 0.2}
         for s in range(1, 13)
     ]
     write_lines(tmp_path / "metrics.jsonl", rows)

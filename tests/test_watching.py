@@ -20,7 +20,7 @@ def rows(n: int, success: float = 0.2) -> list[dict]:
         {
             "step": i, "progress": i / 10, "rollout/success": success, "distill/kl": 1.0 / i,
             "loss/teach": 0.5, "total/seconds": 6.0 * i, "tokens_per_second": 1234.0, "groups/total": 8,
-            "groups/nonzero": 0,
+            "groups/nonzero": 0, "rollout/pass_at_8": success,
         }
         for i in range(1, n + 1)
     ]  # fmt: skip

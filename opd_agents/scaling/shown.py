@@ -21,6 +21,7 @@ Row: TypeAlias = dict[str, str]
 
 COLUMNS = 3  # of the plot's panels
 WIDTH = 140  # of the tables, in characters
+NARROW = 22  # characters of any other column
 UNITS = (*((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1.0, "FLOP")),)
 ABOUT = {
     "arms": "What an arm changes, and what a seed computed: for rollouts, the teacher and updates.",
@@ -110,7 +111,8 @@ def terminal(found: Mapping[str, Any]) -> Group:
     for about, rows in tables(found).items():
         table = Table(title=ABOUT[about], title_justify="left", box=None, header_style="bold", pad_edge=False)
         for column in rows[0]:
-            table.add_column(column, overflow="fold")
+            most = None if column == "changes" else NARROW  # a long title must not break a key of the config
+            table.add_column(column, overflow="fold", max_width=most)
         for row in rows:
             table.add_row(*map(escape, row.values()))
         parts += [table, Text()]
