@@ -114,8 +114,10 @@ def page(result: Mapping[str, Any]) -> str:
             found, seeds = row[level], row["seeds"]
             bound = "" if found["reached"] == seeds else "> "
             cells[f"TFLOP to {level}"] = f"{bound}{factor(found, 1e-12)} ({found['reached']} of {seeds})"
-        with_teacher = row["teacher"] / 1e12 + math.exp(row[f"{CLAIMED:.0%}"]["mean"]) / 1e12
-        cells[f"to {CLAIMED:.0%}, teacher trained"] = f"{with_teacher:.2f}" if row["teacher"] else "-"
+        claimed = row[f"{CLAIMED:.0%}"]
+        bound = "" if claimed["reached"] == row["seeds"] else "> "
+        with_teacher = (row["teacher"] + math.exp(claimed["mean"])) / 1e12
+        cells[f"to {CLAIMED:.0%}, teacher trained"] = f"{bound}{with_teacher:.2f}" if row["teacher"] else "-"
         best = row["best"]
         cells["best %"] = f"{100 * best['mean']:.0f}" + (
             "" if best["half"] is None else f" ± {100 * best['half']:.0f}"
@@ -142,10 +144,9 @@ def tune(jobs: int) -> None:
         for rate in RATES[label in BY_REWARD] if run.student else ():
             overrides = [*run.set, f"trainer.learning_rate={rate}", "trainer.flops=6.0e+11"]
             runs[f"{label}_{rate}"] = run.model_dump() | {"set": overrides}
-    for run in runs.values():
-        run["config"] = run["config"].replace("compute_run.yaml", str(SWEEP.with_name("compute_run.yaml")))
     tuning = given.model_dump() | {"name": "compute_tuning", "seeds": [9], "runs": runs}
     file = Path("runs/compute_tuning.yaml")
+    file.parent.mkdir(exist_ok=True)
     write_whole(file, yaml.safe_dump(tuning, sort_keys=False))
     call(SWEEP.with_name("sweep.py"), file, "--jobs", jobs)
     found = {cell.label: curve(read_run(cell.folder)) for cell in load_sweep(file)[1] if cell.after}

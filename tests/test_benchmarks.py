@@ -2,7 +2,9 @@
 
 import csv
 import importlib.util
+import itertools
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ from opd_agents.errors import UserError
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import cases
+import compute
 import correction
 import environments
 import fuzz
@@ -376,3 +379,35 @@ def test_the_correction_benchmark_audits_every_proposal_and_goes_back_in_all_way
     assert [row["depth"] for row in rows["returning"]] == [*correction.DEPTHS] * 2
     page = correction.page({name: {"rows": part} for name, part in rows.items()})
     assert "| random calls " in page and "| ShopText " in page
+
+
+def test_tuning_tries_three_rates_of_every_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    told: list[tuple[object, ...]] = []
+    monkeypatch.setattr(compute, "call", lambda *command: told.append(command))
+    with pytest.raises(UserError, match="no run folder"):  # none was trained here
+        compute.tune(1)
+    given, _ = sweep.load_sweep(compute.SWEEP)
+    tuned, cells = sweep.load_sweep(Path(str(told[0][1])))
+    assert len(cells) == len(tuned.runs) == 1 + 3 * (len(given.runs) - 1)
+    rates = {cell.label: cell.config.trainer.learning_rate for cell in cells if cell.after}
+    assert all(label.endswith(f"_{rate}") for label, rate in rates.items())
+
+
+def test_compute_to_a_level_is_interpolated_and_what_nobody_reached_decides_nothing() -> None:
+    rises = [(0.0, 0.3), (10.0, 0.5), (20.0, 0.9)]
+    assert [compute.spent(rises, level) for level in (0.4, 0.7)] == pytest.approx([5.0, 15.0])
+    assert compute.spent(rises, 0.95) is None and math.isnan(compute.spent(rises, 0.3) or 0.0)
+    quick = {seed: [(0.0, 0.3), (10.0 + seed, 0.7)] for seed in range(5)}
+    slow = {seed: [(0.0, 0.3), (200.0 + seed, 0.7)] for seed in range(5)}
+    never = {seed: [(0.0, 0.3), (100.0, 0.5)] for seed in range(5)}
+    curves = {"quick": quick, "slow": slow, "never": never}
+    ends = {pair: compute.claim(curves, *pair, 1.0)["verdict"] for pair in itertools.permutations(curves, 2)}
+    assert ends["quick", "slow"] == ends["quick", "never"] == "reproduced"
+    assert ends["slow", "quick"] == ends["never", "quick"] == "contradicted"
+    assert ends["never", "slow"] == "undecided"  # 100 is all that it spent
+    assert compute.claim(curves, "quick", "never", 0.1)["verdict"] == "undecided"
+    found = compute.arm(never, 2e12)
+    assert found["70%"]["reached"] == 0 and found["best"]["mean"] == 0.5
+    page = compute.page({"arms": {"never": found}, "claims": {}})
+    assert "> 0.00 x/ 1.00 (0 of 5)" in page and "> 2.00" in page
