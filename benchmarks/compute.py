@@ -27,7 +27,7 @@ from opd_agents.runs import write_whole
 SWEEP = Path(__file__).with_name("compute.yaml")
 LEVELS = (0.6, 0.7, 0.8)
 CLAIMED = 0.7  # the level of the claims
-BY_REWARD = ("grpo", "score", "score_verified", "student_retry")
+BY_REWARD = ("grpo", "score")
 RATES = {False: (1e-3, 1.5e-3, 3e-3), True: (3e-4, 6e-4, 1e-3)}
 CLAIMS = {  # a below b, or below a share of it
     "1 fresh demonstrations below fixed ones": ("sft_fresh", "sft_fixed", 1.0),
@@ -40,6 +40,8 @@ CLAIMS = {  # a below b, or below a share of it
     "8 OPD below fresh demonstrations": ("opd", "sft_fresh", 1.0),
     "9 OPD with GRPO below OPD": ("opd_grpo", "opd", 1.0),
     "10 OPD, then RL, below OPD": ("opd_then_rl", "opd", 1.0),
+    "11 verified SCoRe below own successes": ("score_verified", "own_successes", 1.0),
+    "12 own successes below GRPO": ("own_successes", "grpo", 1.0),
 }
 Curve = Sequence[tuple[float, float]]  # FLOPs so far, success on the validation tasks
 
@@ -137,14 +139,14 @@ def page(result: Mapping[str, Any]) -> str:
 
 
 def tune(jobs: int) -> None:
-    """Every arm at its three rates, on a seed of its own and half of the compute; prints which is best."""
+    """Every arm at its three rates, on a seed of its own and less than half of the compute; prints which is best."""
     given, _ = load_sweep(SWEEP)
     runs = {"cold_start": given.runs["cold_start"].model_dump()}
     for label, run in given.runs.items():
         for rate in RATES[label in BY_REWARD] if run.student else ():
-            overrides = [*run.set, f"trainer.learning_rate={rate}", "trainer.flops=6.0e+11"]
+            overrides = [*run.set, f"trainer.learning_rate={rate}", "trainer.flops=4.0e+11"]
             runs[f"{label}_{rate}"] = run.model_dump() | {"set": overrides}
-    tuning = given.model_dump() | {"name": "compute_tuning", "seeds": [9], "runs": runs}
+    tuning = given.model_dump() | {"name": "compute_tuning", "seeds": [10], "runs": runs}
     file = Path("runs/compute_tuning.yaml")
     file.parent.mkdir(exist_ok=True)
     write_whole(file, yaml.safe_dump(tuning, sort_keys=False))

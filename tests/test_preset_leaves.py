@@ -79,10 +79,11 @@ BOUND = {
     *("divergence", "tail", "ratio", "mismatch", "clip_low", "clip_high", "denominator", "form", "when"),
     *("discriminator", "audit", "per", "by", "where", "resumes", "rollouts", "baseline", "normalise"),
 }
-# What only a task with two errors in an episode, more tokens than are repaired here, a student that sometimes
-# does what the repair does, or a judge that is a model would show: tried in tests/test_practice.py,
-# test_correction.py, test_judge_runs.py and, as a preset that is another's twin, test_presets_corrections.py.
-ELSEWHERE: set[Place] = {("correction", key) for key in ("repairs", "prefix_weight", "token_share")}
+# What only a task with two errors in an episode, a second step, more tokens than are repaired here, a student
+# that sometimes does what the repair does, or a judge that is a model would show: tried in test_practice.py,
+# test_correction.py, test_kept.py, test_judge_runs.py and, as a preset that is another's twin,
+# test_presets_corrections.py.
+ELSEWHERE: set[Place] = {("correction", key) for key in ("repairs", "prefix_weight", "token_share", "kept")}
 ELSEWHERE |= {("loss", "components", "rl", "rewards", "key_step", "normalise"), ("judge", "by")}
 TWIN = "student_retry"
 LONGER = ("turn_divergence", "belief_revision")  # weights to which two turns are like any other two

@@ -98,7 +98,7 @@ def gain(session: Session, experience: Experience, assigned: Assigned, before: F
     rewarded = [
         assigned.composed[name].rewards[part]
         for name, component in components.items()
-        if isinstance(component, Policy) and session.at(component.coef)
+        if isinstance(component, Policy) and session.at(component.coef) and assigned.counted[name].any()
         for part, own in component.rewards.items()
         if session.at(own.coef)
     ]

@@ -27,8 +27,6 @@ def test_the_control_has_no_teacher_and_is_else_the_same() -> None:
     ours, control = preset("score_verified"), preset("student_retry")
     assert ours["correction"].pop("propose") == {"by": "teacher", "where": "disagreed"}
     assert control["correction"].pop("propose") == {"by": "student", "where": "dropped"}
-    assert ours["loss"]["components"]["mended"].pop("select")["actor"] == "teacher"
-    assert control["loss"]["components"]["mended"].pop("select")["actor"] == "student"
     assert ours == control
 
 
@@ -84,6 +82,8 @@ def test_the_key_step_is_paid_beside_the_outcome(at_its_end: Session) -> None:
     torch.testing.assert_close(parts["key_step"], expected[packed.turn])
     both = parts["key_step"] + parts["outcome"]
     torch.testing.assert_close(assigned.composed["rl"].advantage, both)
-    mended = {packed.turns[n] for n in packed.turn[assigned.counted["mended"]].tolist()}
-    accepted = {(places[r.branch.uid], r.turn) for r in experience.repairs if r.branch is not None}
-    assert mended == accepted  # the corrected actions and nothing else
+    learned = {packed.turns[n][0] for n in packed.turn[assigned.counted["solved"]].tolist()}
+    assert learned == {places[one.uid] for one in experience.trajectories if one.success == 1}
+    assert learned & {places[r.branch.uid] for r in experience.repairs if r.branch is not None}
+    rewarded = {packed.turns[n][0] for n in packed.turn[assigned.counted["rl"]].tolist()}
+    assert rewarded == {places[one.uid] for repair in experience.repairs for one in repair.practised}
