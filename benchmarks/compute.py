@@ -139,7 +139,7 @@ def page(result: Mapping[str, Any]) -> str:
 
 
 def tune(jobs: int) -> None:
-    """Every arm at its three rates, on a seed of its own and less than half of the compute; prints which is best."""
+    """Every arm at its three rates, on a seed of its own, up to 0.4 TFLOP; prints which is best."""
     given, _ = load_sweep(SWEEP)
     runs = {"cold_start": given.runs["cold_start"].model_dump()}
     for label, run in given.runs.items():

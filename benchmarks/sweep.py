@@ -9,6 +9,7 @@
       muon: {config: orderdesk_opd}    # a shipped experiment, or a file from this file's folder
       adamw: {config: orderdesk_opd, set: [trainer.optimizer=adamw]}
       longer: {config: orderdesk_opd, student: muon}  # from the student of run `muon`, of the same seed
+      elsewhere: {config: babyai_opd, evaluate: {suite: babyai}}  # what is below is for the others
     evaluate: {suite: orderdesk, limit: 100}
     metrics: [success, success_greedy, total/flops]
 
@@ -47,15 +48,16 @@ Execute = Callable[[Sequence[str], Path], str]
 console = Console(soft_wrap=True, highlight=False)
 
 
+class SweepEvaluation(Section):
+    suite: str
+    limit: int | None = Field(None, gt=0)
+
+
 class SweepRun(Section):
     config: str
     student: Label | None = None  # a run above it, whose student of the same seed it starts from
     set: tuple[str, ...] = ()
-
-
-class SweepEvaluation(Section):
-    suite: str
-    limit: int | None = Field(None, gt=0)
+    evaluate: SweepEvaluation | None = None  # None: the sweep's
 
 
 class Sweep(Section):
@@ -120,7 +122,8 @@ def load_sweep(path: Path) -> tuple[Sweep, list[Cell]]:
         raise ConfigError(f"{path}: {'; '.join(problems)}.") from None
     cells = [_cell(sweep, label, seed, path.parent) for seed in sweep.seeds for label in sweep.runs]
     envs.import_plugins({name: None for cell in cells for name in cell.config.imports})
-    load_suite(sweep.evaluate.suite)
+    for suite in {cell.evaluation.suite for cell in cells}:
+        load_suite(suite)
     return sweep, cells
 
 
@@ -133,7 +136,8 @@ def _cell(sweep: Sweep, label: str, seed: int, base: Path) -> Cell:
         loaded = load_config(run.config, *overrides)
     except UserError as error:
         raise ConfigError(f"runs.{label}: {error}") from error
-    return Cell(label, seed, folder, (run.config, *overrides), run.student, loaded, sweep.evaluate)
+    evaluation = run.evaluate or sweep.evaluate
+    return Cell(label, seed, folder, (run.config, *overrides), run.student, loaded, evaluation)
 
 
 def _absolute(item: str, folder: Path) -> str:
