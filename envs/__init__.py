@@ -3,7 +3,15 @@
 from opd_agents.envs.actions import BadAction, format_calls, parse_action
 from opd_agents.envs.base import AgentEnv
 from opd_agents.envs.process import ProcessEnv, launch
-from opd_agents.envs.registry import describe, env_class, import_plugins, list_envs, make, register
+from opd_agents.envs.registry import (
+    describe,
+    env_class,
+    has_expert,
+    import_plugins,
+    list_envs,
+    make,
+    register,
+)
 from opd_agents.envs.snapshots import Recording, Snapshot
 from opd_agents.envs.spaces import AnyText
 from opd_agents.envs.splits import draw_from_split
@@ -22,6 +30,7 @@ __all__ = [
     "draw_from_split",
     "env_class",
     "format_calls",
+    "has_expert",
     "import_plugins",
     "launch",
     "list_envs",

@@ -7,7 +7,7 @@ import importlib.metadata
 import inspect
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,15 @@ def describe(id: str) -> dict[str, Any]:
             "max_turns": env.max_turns,
             "missing": None,
         }
+    finally:
+        env.close()
+
+
+def has_expert(id: str, options: Mapping[str, Any]) -> bool:
+    """Whether the environment, made so, has a scripted expert, which can be a matter of the options."""
+    env = make(id, **options)
+    try:
+        return env.has_expert
     finally:
         env.close()
 

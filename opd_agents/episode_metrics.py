@@ -16,6 +16,7 @@ from opd_agents.evaluation.rates import pass_at
 from opd_agents.types import Actor, Outcome, SpanKind, StopReason, Trajectory, Turn, to_json
 
 BINS = 10  # of confidence, for the calibration error
+NGRAMS = (1, 2)  # the lengths of the n-grams of distinct-n
 Figures: TypeAlias = dict[str, float]
 Wrong: TypeAlias = Sequence[Sequence[bool]]
 """Of each episode, of each of its turns: whether its action was wrong."""
@@ -74,7 +75,18 @@ def _groups(rolled: Sequence[Trajectory]) -> Figures:
     for name, which in (("distinct", several), ("distinct_successes", won)):
         differ = [a != b for group in which for a, b in combinations(map(_actions, group), 2)]
         found |= {f"rollout/{name}": fmean(differ)} if differ else {}
+    for n in NGRAMS:
+        shares = [share for group in several if (share := _different_ngrams(group, n)) is not None]
+        found |= {f"rollout/distinct_{n}": fmean(shares)} if shares else {}
     return found
+
+
+def _different_ngrams(group: Sequence[Trajectory], n: int) -> float | None:
+    """How many of all n-grams of the actions' tokens differ, of all that there are (distinct-n, arXiv
+    1510.03055); it falls with the number of tokens, so that only groups of equal size can be compared."""
+    actions = [turn.action_ids for one in group for turn in one.turns]
+    grams = [tuple(ids[i : i + n]) for ids in actions for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else None
 
 
 def _actions(one: Trajectory) -> list[str]:

@@ -103,7 +103,7 @@ def _fresh_tokenizer(config: RunConfig, episodes: int) -> PreTrainedTokenizerBas
     samples: list[str] = []
     if isinstance(source := config.rollout.source, Recorded):
         samples += texts(sided(read_rows(source.dataset, source.split)))
-        experts = [e for e in config.environments if envs.make(e.id, **e.options).has_expert]
+        experts = [e for e in config.environments if envs.has_expert(e.id, e.options)]
         config = config.model_copy(update={"environments": experts})
     return build_word_tokenizer(samples + _expert_texts(config, episodes))
 

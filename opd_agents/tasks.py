@@ -185,12 +185,7 @@ def check_experts(config: RunConfig) -> None:
     if "expert" not in config.rollout.actors | others and not corrects:
         return
     for source in config.environments:
-        env = envs.make(source.id, **source.options)
-        try:
-            has_expert = env.has_expert
-        finally:
-            env.close()
-        if not has_expert:
+        if not envs.has_expert(source.id, source.options):
             raise ConfigError(
                 f"{source.id} has no scripted expert, who is to act (rollout.source, rollout.demonstrations,"
                 " rollout.alternatives, correction.propose)."

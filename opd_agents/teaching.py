@@ -15,7 +15,6 @@ from opd_agents.config import (
     Api,
     Cached,
     Ensemble,
-    EnvironmentSource,
     Local,
     PlugIn,
     RunConfig,
@@ -191,7 +190,9 @@ def check_references(config: RunConfig) -> None:
                     load_tokenizer(newest_checkpoint(str(section.model)))
             conditioning = conditioning_of(section)
             sources = conditioning.sources if conditioning else []
-            if "expert" in sources and not any(_has_expert(source) for source in config.environments):
+            if "expert" in sources and not any(
+                envs.has_expert(source.id, source.options) for source in config.environments
+            ):
                 raise ConfigError(
                     f"{where}.conditioning.sources: expert, but none of the environments has a scripted"
                     " expert; take another source."
@@ -209,9 +210,3 @@ def check_references(config: RunConfig) -> None:
                 f"judge.by asks {what} for judgements, which takes the capability `judge`, but it has"
                 f" {listed(able)}. Take one of kind api, under `references` where the teacher is another."
             )
-
-
-def _has_expert(source: EnvironmentSource) -> bool:
-    env = envs.make(source.id, **source.options)
-    env.close()
-    return env.has_expert

@@ -91,6 +91,15 @@ def test_failed_episodes_are_counted(suite):
     assert (row["episodes"], row["errors"]) == (6, 2)
 
 
+def test_an_expert_that_is_not_there_is_refused_and_does_not_count_as_failing(suite):
+    both = suite("environments: [{id: opd_agents/OrderDesk-v0, tasks: 2}, {id: tests/Counting-v0, tasks: 2}]")
+    with pytest.raises(ConfigError, match="No scripted expert in tests/Counting-v0, so"):
+        evaluate(both, ["random", "expert"])
+    with pytest.raises(ConfigError, match="No scripted expert"):
+        play("tests/Counting-v0", "expert")
+    assert evaluate(both, ["random"])["policies"][0]["episodes"] == 4
+
+
 def test_a_limit_keeps_the_first_tasks_of_the_whole_suite(suite):
     text = "environments: [{id: tests/Counting-v0, tasks: 1}, {id: opd_agents/OrderDesk-v0, tasks: 9}]"
     loaded = load_suite(suite(text))

@@ -106,6 +106,8 @@ def test_passes_and_differences_within_groups() -> None:
     assert row["rollout/pass_at_4"] == 1
     assert row["rollout/distinct"] == pytest.approx((3 + 5) / (6 + 6))
     assert row["rollout/distinct_successes"] == pytest.approx(2 / 3)
+    assert row["rollout/distinct_1"] == pytest.approx((2 / 14 + 2 / 8) / 2)  # every action is of the same two
+    assert row["rollout/distinct_2"] == pytest.approx((1 / 7 + 1 / 4) / 2)
     assert row["rollout/action_tokens"] == 2
     assert not any("pass" in key or "distinct" in key for key in episode_metrics([first[0], second[0]]))
     assert "rollout/distinct_successes" not in episode_metrics(first)

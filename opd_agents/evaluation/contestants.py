@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from opd_agents import envs
 from opd_agents.chat import Chat
 from opd_agents.config import Endpoint, Engine, Server
+from opd_agents.episode import Episode
 from opd_agents.errors import ConfigError, UnknownName
 from opd_agents.policies.base import ExpertPolicy, Policy, RandomPolicy
 from opd_agents.runs import latest_checkpoint
+from opd_agents.tools import to_json
 from opd_agents.types import Actor
 
 if TYPE_CHECKING:
@@ -101,6 +104,19 @@ def identity(name: str, endpoint: Endpoint) -> dict[str, Any]:
 
     checkpoint = str(latest_checkpoint(Path(name)))
     return {"kind": "model", "checkpoint": checkpoint, "weights": fingerprint(checkpoint)}
+
+
+def check_experts(policies: Iterable[str], episodes: Iterable[Episode]) -> None:
+    """Raises ConfigError where the scripted expert is to play and an environment has none."""
+    if "expert" not in policies:
+        return
+    worlds = {(one.env_id, to_json(one.env_kwargs)): one.env_kwargs for one in episodes}
+    without = [id for (id, _), options in worlds.items() if not envs.has_expert(id, options)]
+    if without:
+        raise ConfigError(
+            f"No scripted expert in {', '.join(without[:5])}{', ...' if without[5:] else ''}, so the policy"
+            " `expert` cannot play there. Leave it out, or take environments that have one."
+        )
 
 
 def load_contestant(

@@ -20,6 +20,7 @@ from opd_agents.evaluation.comparing import Entry, Played
 from opd_agents.evaluation.contestants import (
     DEFAULT,
     Contestant,
+    check_experts,
     identity,
     load_contestant,
     on_vllm,
@@ -116,6 +117,7 @@ def evaluate(
     vllm = on_vllm(sampler, servers, everyone, loaded.limits.max_context_tokens)
     asked = plan(loaded, split, limit, seed, samples)
     many = len(asked.sampled) // len(asked.greedy)
+    check_experts(everyone, asked.greedy)
     conditions = [parse_gate(gate, len(entries), many) for gate in gates]
     who = {name: identity(name, endpoint) for name in everyone}
     how = {
@@ -201,6 +203,7 @@ def play(
         for i in range(episodes)
     ]
     # an unknown environment or task is the user's mistake, not a failed episode
+    check_experts([policy], requests)
     source = EnvironmentSource(id=env_id, split=split, options=dict(options))
     if episodes > (size := split_sizes([source])[0]):
         raise UserError(

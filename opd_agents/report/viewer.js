@@ -328,7 +328,7 @@
     }, []);
   }
   function callTitle(calls) {
-    const parts = calls.map(([tool, given]) => make("span", {}, make("span", { class: "tool" }, tool),
+    const parts = calls.map(([tool, given], i) => make("span", {}, i ? "; " : "", make("span", { class: "tool" }, tool),
       ...given.flatMap(([key, value]) => [" ", key ? make("span", { class: "key" }, `${key}=`) : "", value])));
     return make("span", { class: "mono" }, ...(parts.length ? parts : ["call"]));
   }
