@@ -55,7 +55,7 @@ RINGS = {
     "4b calibration_gap": "safe_opd",
     "5a saturation": "free_rounds",
 }
-FIGURES = ("success", "pass@8", "recovery", "calibration error")
+FIGURES = {"slip": "success", "vault": "pass@8", "safe": "calibration error", "free": "success"}  # by world
 Figures: TypeAlias = Mapping[str, float]
 Arms: TypeAlias = Mapping[str, Mapping[int, Figures]]  # by label and seed
 
@@ -90,7 +90,6 @@ def figures(cell: Cell) -> tuple[Figures, Figures]:
     known = {
         "success": found["success"],
         "pass@8": found["pass_at"].get("8"),
-        "recovery": found["recovery"],
         "calibration error": mean(errors[-WINDOW:]) if errors else None,
     }
     first = {"calibration error": mean(errors[:WINDOW]) if errors else math.nan}
@@ -106,13 +105,15 @@ def page(result: Mapping[str, Any]) -> str:
     """The arms, then the claims."""
     rows = []
     for label, row in result["arms"].items():
-        rung = ", ".join(f"{name} {times}" for name, times in row["alarms"].items())
-        told = {name: plus_minus(row[name]) if name in row else "-" for name in FIGURES}
-        rows.append({"arm": label, **told, "alarms": rung or "-"})
+        rung = ", ".join(f"{name} {times}" for name, times in sorted(row["alarms"].items()))
+        figure = FIGURES[label.partition("_")[0]]
+        rows.append(
+            {"arm": label, "figure": figure, "value": plus_minus(row["value"]), "alarms": rung or "-"}
+        )
     about = (
         "The five failure modes: mean and 95 % t-interval over seeds, and with how many seeds an alarm rang."
     )
-    lines = ["![figures of the arms, by mode](failure_modes.svg)", ""]
+    lines = ["![figures of the arms, by world](failure_modes.svg)", ""]
     lines += [
         f"- {name}, {one['figure']}: **{one['verdict']}**, difference {plus_minus(one)}"
         f" ({one['seeds']} seeds)."
@@ -130,17 +131,15 @@ def plot(arms: Arms) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    panels = {"slip": "success", "vault": "pass@8", "safe": "calibration error", "free": "success"}
     drawn = Figure(figsize=(10, 3.4), layout="constrained")
-    for axes, (world, name) in zip(drawn.subplots(1, len(panels)), panels.items(), strict=True):
+    for axes, (world, name) in zip(drawn.subplots(1, len(FIGURES)), FIGURES.items(), strict=True):
         labels = [label for label in arms if label.startswith(f"{world}_")]
         for place, label in enumerate(labels):
             values = [row[name] for row in arms[label].values()]
             axes.plot([place] * len(values), values, "o", color="C0", alpha=0.4)
             axes.plot([place - 0.25, place + 0.25], [mean(values)] * 2, color="C0")
-        axes.set_xticks(
-            range(len(labels)), [label.partition("_")[2].replace("_", " ") for label in labels], rotation=30
-        )
+        names = [label.partition("_")[2].replace("_", " ") for label in labels]
+        axes.set_xticks(range(len(labels)), names, rotation=30, ha="right")
         axes.set(title=f"{world}: {name}", ylim=(0, 1.02))
         axes.grid(alpha=0.3, axis="y")
     text = io.StringIO()
@@ -170,8 +169,10 @@ def main(
     result = {
         "seeds": len(sweep.seeds),
         "arms": {
-            label: {name: over_seeds([row[name] for row in arms[label].values()]) for name in FIGURES}
-            | {"alarms": dict(rung[label])}
+            label: {
+                "value": over_seeds([row[FIGURES[label.partition("_")[0]]] for row in arms[label].values()]),
+                "alarms": dict(rung[label]),
+            }
             for label in sweep.runs
         },
         "claims": {name: claim(arms, *one) | {"figure": one[0]} for name, one in ABOVE.items()},

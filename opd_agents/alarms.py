@@ -22,6 +22,7 @@ WINDOW = 5  # measured steps that a figure is the mean of
 NO_GAIN = 0.02  # of success: less is no rise
 FALL = 0.1  # of success or pass@k: what is lost beyond noise
 DONE = 0.95  # of success, from which on a figure that stands still is no trouble
+NEARER = 0.9  # of its beginning: a KL below shows that the student goes the teacher's way, wherever it leads
 FOLLOWED = 0.5  # of its beginning: a KL below shows that the student follows the teacher
 TOO_LONG = 1.5  # times the tokens an action had
 LEFT = 0.5  # of the diversity at the beginning
@@ -135,7 +136,7 @@ def _flawed_prefix(rows: Rows, about: str) -> Seen:
     """The student follows the teacher, and is no better for it: on the whole, or after its own mistakes."""
     kl = _distance(rows)
     for step, then, now in _since(rows, kl, SUCCESS):
-        if now[kl] < FOLLOWED * then[kl] and now[SUCCESS] < min(then[SUCCESS] - FALL, DONE):
+        if now[kl] < NEARER * then[kl] and now[SUCCESS] < min(then[SUCCESS] - FALL, DONE):
             yield step, f"KL to the teacher {_from(then[kl], now[kl])}, success {_share(then, now, SUCCESS)}"
     kl, after, recovered = "distill/kl_astray", "rollout/wrong_after", "rollout/recovery"
     for step, then, now in _since(rows, kl, after, recovered, ASTRAY, SUCCESS):
@@ -257,8 +258,8 @@ SIGNS: Mapping[str, Sign] = {
     "flawed_prefix": Sign(
         "The teacher may be unreliable in states that it would not have come to: it was trained on others,"
         " or goes along with whatever stands there",
-        "`method=scope`, or a weight of the distill component such as `{kind: trust, measure: perplexity}`;"
-        " `opd-agents check` says how often the teacher succeeds from the student's states",
+        "`opd-agents check` says how often the teacher succeeds from the student's states; a teacher trained in"
+        " such states, or `method=score_verified`, where nothing of it counts that is not proved",
         _flawed_prefix,
     ),
     "saturation": Sign(
@@ -268,9 +269,9 @@ SIGNS: Mapping[str, Sign] = {
         _saturation,
     ),
     "diversity_collapse": Sign(
-        "The student settles on one way, as a reverse KL and a reward both ask for",
-        "`loss.components.NAME.divergence=jsd` with `beta=0.5`, or `skew_reverse_kl` with `alpha=0.1`; an"
-        " `entropy` component",
+        "The student settles on one way, as a reward asks for, and a reverse KL to a teacher that has one",
+        "beside a reward a `distill` component to a teacher that knows several ways, or a larger `coef` of it;"
+        " `divergence: jsd`; an `entropy` component",
         _diversity_collapse,
     ),
     "calibration_gap": Sign(

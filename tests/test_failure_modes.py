@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from opd_agents.alarms import read_alarms
+from opd_agents.config import load_config
 from opd_agents.envs.actions import format_calls
 from opd_agents.envs.lockchain import KEY_OF
 from opd_agents.errors import UserError
 from opd_agents.testing import check_agent_env
+from opd_agents.trainer import train
 from opd_agents.types import ToolCall
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
@@ -92,3 +95,28 @@ def test_claims_are_of_paired_seeds() -> None:
     found = failure_modes.claim(arms, "success", "one", "other")
     assert found["verdict"] == "reproduced" and found["mean"] == pytest.approx(0.3)
     assert failure_modes.claim(arms, "success", "other", "one")["verdict"] == "contradicted"
+
+
+@pytest.mark.slow
+def test_a_reward_alone_collapses_the_vault_and_its_alarm_rings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    start, run = (str(failure_modes.HERE / f"failure_modes_vault_{name}.yaml") for name in ("start", "run"))
+    train(load_config(start, "trainer.steps=8", "output=start"))
+    train(load_config(run, "method=grpo", "student.model=start", "output=run"))
+    assert "diversity_collapse" in {alarm.name for alarm in read_alarms(tmp_path / "run")}
+
+
+@pytest.mark.slow
+def test_a_teacher_of_the_track_alone_leads_off_it_and_its_alarms_ring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    failure_modes.teachers(Path("runs/failure_modes"))
+    start, student = load_sweep(failure_modes.SWEEP)[1][:2]  # those of the first seed
+    assert (start.label, student.label) == ("slip_start", "slip_opd")
+    train(start.config)
+    train(student.config)
+    rung = {alarm.name for alarm in read_alarms(student.folder)}
+    assert {"derailed_turns", "flawed_prefix"} <= rung
