@@ -111,8 +111,8 @@ def page(result: Mapping[str, Any]) -> str:
             {"arm": label, "figure": figure, "value": plus_minus(row["value"]), "alarms": rung or "-"}
         )
     about = (
-        "What was predicted, and the rules, stand in benchmarks/failure_modes.yaml. Mean and 95 % t-interval over"
-        " seeds, and with how many seeds an alarm rang."
+        "What was predicted, and the rules, stand in benchmarks/failure_modes.yaml. Mean and 95 % t-interval"
+        " over seeds, and with how many seeds an alarm rang."
     )
     lines = ["![figures of the arms, by world](failure_modes.svg)", ""]
     lines += [
