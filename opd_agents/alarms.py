@@ -258,8 +258,8 @@ SIGNS: Mapping[str, Sign] = {
     "flawed_prefix": Sign(
         "The teacher may be unreliable in states that it would not have come to: it was trained on others,"
         " or goes along with whatever stands there",
-        "`opd-agents check` says how often the teacher succeeds from the student's states; a teacher trained in"
-        " such states, or `method=score_verified`, where nothing of it counts that is not proved",
+        "`opd-agents check` says how often the teacher succeeds from the student's states; a teacher trained"
+        " in such states, or `method=score_verified`, where nothing of it counts that is not proved",
         _flawed_prefix,
     ),
     "saturation": Sign(
@@ -270,8 +270,8 @@ SIGNS: Mapping[str, Sign] = {
     ),
     "diversity_collapse": Sign(
         "The student settles on one way, as a reward asks for, and a reverse KL to a teacher that has one",
-        "beside a reward a `distill` component to a teacher that knows several ways, or a larger `coef` of it;"
-        " `divergence: jsd`; an `entropy` component",
+        "beside a reward a `distill` component to a teacher that knows several ways, or a larger `coef` of"
+        " it; `divergence: jsd`; an `entropy` component",
         _diversity_collapse,
     ),
     "calibration_gap": Sign(
