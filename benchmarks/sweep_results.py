@@ -109,8 +109,9 @@ def plot(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str:
             run = read_run(folder / row["label"] / f"seed-{row['seed']}")
             runs.setdefault(row["label"], []).append(run)
     validated = all(len(_curve(run, "eval/success")[0]) for group in runs.values() for run in group)
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.add_subplot()
+    axes.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)
     for label, group in runs.items():
         curves = [_curve(run, "eval/success" if validated else "rollout/success") for run in group]
         x, mean, half = _averaged([curve for curve in curves if len(curve[0])])
@@ -120,7 +121,7 @@ def plot(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     axes.set_ylim(-0.02, 1.02)
     axes.grid(alpha=0.3)
     if runs:
-        axes.legend(frameon=False)
+        figure.legend(frameon=False, loc="outside right upper")
     text = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "sweep"}):  # the same results, the same file
         figure.savefig(text, format="svg", metadata={"Date": None})
