@@ -109,6 +109,7 @@ def test_a_reward_alone_collapses_the_vault_and_its_alarm_rings(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_teacher_of_the_track_alone_leads_off_it_and_its_alarms_ring(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
