@@ -127,7 +127,8 @@ def page(result: Mapping[str, Any]) -> str:
         rows.append(cells)
     about = (
         "Compute to a level of sampled success on validation tasks: geometric mean over seeds, x/ its 95 % "
-        "t-interval, and how many seeds got there; with `>` the others count as all that they spent."
+        "t-interval, and how many seeds got there; with `>` the others count as what they had spent at their "
+        "last evaluation."
     )
     lines = [
         f"- {name}: **{one['verdict']}**, {one['share']:g} of b over a {factor(one)} ({one['seeds']} seeds; "

@@ -11,7 +11,6 @@ from opd_agents.envs.lockchain import LockChain
 from opd_agents.errors import UserError
 from opd_agents.types import Task
 
-KEYS = "abcdefgh"
 CANDIDATES = dict(zip("ant bear crow deer".split(), ("fbhd", "agec", "chfa", "ebgd"), strict=True))  # noqa: SIM905
 ODDS = (0.4, 0.3, 0.2, 0.1)  # of a sign's four keys; times ``fits``, how often each fits
 

@@ -84,9 +84,11 @@ def test_the_runs_of_a_mode_differ_in_the_remedy_alone_and_every_claim_has_its_r
     assert set(failure_modes.RINGS.values()) <= labels
     first = {cell.label: cell.config.model_dump() for cell in cells if cell.seed == sweep.seeds[0]}
     for label, config in first.items():
-        provoked = first[f"{label.partition('_')[0]}_start"]
-        assert config["environments"] == provoked["environments"] or config["name"] != provoked["name"]
-        assert config["trainer"]["steps"] == 30 or label.endswith("start")
+        world = label.partition("_")[0]
+        assert config["environments"] == first[f"{world}_start"]["environments"]
+        arms = [other for name, other in first.items() if name.startswith(world) and "_start" not in name]
+        same = [{key: other[key] for key in ("chat", "student", "trainer", "evaluation")} for other in arms]
+        assert same.count(same[0]) == len(same) and same[0]["trainer"]["steps"] == 30
 
 
 def test_claims_are_of_paired_seeds() -> None:
