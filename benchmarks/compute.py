@@ -1,9 +1,11 @@
-"""E2: the runs of compute.yaml, what each arm spent to a level of success, and what became of the claims.
+"""E2: the runs of STUDY.yaml, what each arm spent to a level of success, and what became of the claims.
 
-    python benchmarks/compute.py [--jobs 1]
-    python benchmarks/compute.py --tune      # the rates that stand in compute.yaml
+    python benchmarks/compute.py [STUDY] [--jobs 1]
+    python benchmarks/compute.py compute --tune      # the rates that stand in compute.yaml
 
-Writes compute.json, .md and .svg; cells that are finished are not trained again.
+The studies: compute (the default: all arms on OrderDesk), compute_starts (from weaker and stronger students),
+compute_teacher (one that never was off the track), compute_babyai (another world). Writes STUDY.json, .md and
+.svg; cells that are finished are not trained again.
 """
 
 from __future__ import annotations
@@ -19,30 +21,68 @@ from typing import Annotated, Any
 import typer
 import yaml
 from figures import keep, markdown, over_seeds, verdict
-from sweep import load_sweep
+from sweep import Cell, load_sweep
 
 from opd_agents.report.reading import Run, number, read_run
 from opd_agents.runs import write_whole
 
-SWEEP = Path(__file__).with_name("compute.yaml")
 LEVELS = (0.6, 0.7, 0.8)
-CLAIMED = 0.7  # the level of the claims
+CLAIMED = 0.7  # the level of most claims
 BY_REWARD = ("grpo", "score")
 RATES = {False: (1e-3, 1.5e-3, 3e-3), True: (3e-4, 6e-4, 1e-3)}
-CLAIMS = {  # a below b, or below a share of it
-    "1 fresh demonstrations below fixed ones": ("sft_fresh", "sft_fixed", 1.0),
-    "2 verified SCoRe below GRPO": ("score_verified", "grpo", 1.0),
-    "3 verified SCoRe below the published form": ("score_verified", "score", 1.0),
-    "4 verified SCoRe below student retry": ("score_verified", "student_retry", 1.0),
-    "5 fresh demonstrations below verified SCoRe": ("sft_fresh", "score_verified", 1.0),
-    "6 OPD below GRPO": ("opd", "grpo", 1.0),
-    "7 OPD below a tenth of GRPO": ("opd", "grpo", 0.1),
-    "8 OPD below fresh demonstrations": ("opd", "sft_fresh", 1.0),
-    "9 OPD with GRPO below OPD": ("opd_grpo", "opd", 1.0),
-    "10 OPD, then RL, below OPD": ("opd_then_rl", "opd", 1.0),
-    "11 verified SCoRe below own successes": ("score_verified", "own_successes", 1.0),
-    "12 own successes below GRPO": ("own_successes", "grpo", 1.0),
+TRAINED = Path("runs/compute_teachers")
+TEACHERS = {  # by the last part of their path; the shipped one is trained again, for what it cost
+    "orderdesk_teacher": ("orderdesk_teacher",),
+    "unreliable": ("orderdesk_teacher", "rollout.source=expert"),
+    "babyai_teacher": ("babyai_teacher",),
 }
+CLAIMS: dict[str, dict[str, tuple[str, str, float, float]]] = {  # a below a share of b, at a level
+    "compute": {
+        "1 fresh demonstrations below fixed ones": ("sft_fresh", "sft_fixed", 1.0, CLAIMED),
+        "2 verified SCoRe below GRPO": ("score_verified", "grpo", 1.0, CLAIMED),
+        "3 verified SCoRe below the published form": ("score_verified", "score", 1.0, CLAIMED),
+        "4 verified SCoRe below student retry": ("score_verified", "student_retry", 1.0, CLAIMED),
+        "5 fresh demonstrations below verified SCoRe": ("sft_fresh", "score_verified", 1.0, CLAIMED),
+        "6 OPD below GRPO": ("opd", "grpo", 1.0, CLAIMED),
+        "7 OPD below a tenth of GRPO": ("opd", "grpo", 0.1, CLAIMED),
+        "8 OPD below fresh demonstrations": ("opd", "sft_fresh", 1.0, CLAIMED),
+        "9 OPD with GRPO below OPD": ("opd_grpo", "opd", 1.0, CLAIMED),
+        "10 OPD, then RL, below OPD": ("opd_then_rl", "opd", 1.0, CLAIMED),
+        "11 verified SCoRe below own successes": ("score_verified", "own_successes", 1.0, CLAIMED),
+        "12 own successes below GRPO": ("own_successes", "grpo", 1.0, CLAIMED),
+    },
+    "compute_starts": {
+        "1 from 2 %, OPD below GRPO": ("opd_2", "grpo_2", 1.0, CLAIMED),
+        "2 from 10 %, OPD below GRPO": ("opd_10", "grpo_10", 1.0, CLAIMED),
+        "3 from 70 %, OPD below GRPO": ("opd_70", "grpo_70", 1.0, 0.8),
+        "4 from 70 %, OPD below a tenth of GRPO": ("opd_70", "grpo_70", 0.1, 0.8),
+        "5 from 2 %, OPD below fresh demonstrations": ("opd_2", "sft_fresh_2", 1.0, CLAIMED),
+        "6 from 10 %, OPD below fresh demonstrations": ("opd_10", "sft_fresh_10", 1.0, CLAIMED),
+        "7 from 70 %, OPD below fresh demonstrations": ("opd_70", "sft_fresh_70", 1.0, 0.8),
+    },
+    "compute_unreliable": {
+        "1 OPD from the reliable below the unreliable teacher": ("opd", "opd_unreliable", 1.0, CLAIMED),
+        "2 fresh demonstrations of the unreliable teacher below OPD from it":
+            ("sft_fresh_unreliable", "opd_unreliable", 1.0, CLAIMED),
+        "3 OPD with GRPO below OPD, both from the unreliable teacher":
+            ("opd_grpo_unreliable", "opd_unreliable", 1.0, CLAIMED),
+        "4 verified SCoRe below OPD, both from the unreliable teacher":
+            ("score_verified_unreliable", "opd_unreliable", 1.0, CLAIMED),
+        "5 OPD from the unreliable teacher below GRPO": ("opd_unreliable", "grpo", 1.0, CLAIMED),
+    },
+    "compute_babyai": {
+        "1 OPD below GRPO": ("opd", "grpo", 1.0, CLAIMED),
+        "2 OPD below a tenth of GRPO": ("opd", "grpo", 0.1, CLAIMED),
+        "3 OPD below fresh demonstrations": ("opd", "sft_fresh", 1.0, CLAIMED),
+        "4 OPD with GRPO below OPD": ("opd_grpo", "opd", 1.0, CLAIMED),
+        "5 fresh demonstrations below fixed ones": ("sft_fresh", "sft_fixed", 1.0, CLAIMED),
+        "6 verified SCoRe below GRPO": ("score_verified", "grpo", 1.0, CLAIMED),
+        "7 verified SCoRe below OPD": ("score_verified", "opd", 1.0, CLAIMED),
+        "8 verified SCoRe below student retry": ("score_verified", "student_retry", 1.0, CLAIMED),
+        "9 verified SCoRe below own successes": ("score_verified", "own_successes", 1.0, CLAIMED),
+        "10 own successes below GRPO": ("own_successes", "grpo", 1.0, CLAIMED),
+    },
+}  # fmt: skip
 Curve = Sequence[tuple[float, float]]  # FLOPs so far, success on the validation tasks
 
 
@@ -68,10 +108,12 @@ def spent(points: Curve, level: float) -> float | None:
     return None
 
 
-def claim(curves: Mapping[str, Mapping[int, Curve]], a: str, b: str, share: float) -> dict[str, Any]:
+def claim(
+    curves: Mapping[str, Mapping[int, Curve]], a: str, b: str, share: float, level: float
+) -> dict[str, Any]:
     """Of the log-ratios over the seeds; an unreached level counts as all that was spent, which is too little,
     so that it may not decide for the arm that it flatters."""
-    told = {arm: {seed: spent(points, CLAIMED) for seed, points in curves[arm].items()} for arm in (a, b)}
+    told = {arm: {seed: spent(points, level) for seed, points in curves[arm].items()} for arm in (a, b)}
 
     def logarithm(arm: str, seed: int) -> float:
         flops = told[arm][seed]
@@ -83,7 +125,7 @@ def claim(curves: Mapping[str, Mapping[int, Curve]], a: str, b: str, share: floa
     if winner is not None and None in told[winner].values():
         found |= {"verdict": "undecided"}
     reached = {arm: sum(value is not None for value in told[arm].values()) for arm in (a, b)}
-    return found | {"reached": reached, "share": share}
+    return found | {"reached": reached, "share": share, "level": level}
 
 
 def arm(of_seeds: Mapping[int, Curve], teacher: float) -> dict[str, Any]:
@@ -98,60 +140,71 @@ def arm(of_seeds: Mapping[int, Curve], teacher: float) -> dict[str, Any]:
         row[f"{level:.0%}"] = over_seeds([math.log(flops) for flops in capped]) | {
             "reached": sum(flops is not None for flops in found)
         }
+    row["start"] = over_seeds([points[0][1] for points in of_seeds.values()])
     return row | {"best": over_seeds([max(success for _, success in points) for points in of_seeds.values()])}
 
 
 def factor(found: Mapping[str, Any], scale: float = 1.0) -> str:
-    """A mean of logarithms for a person: the geometric mean, and its interval as a factor."""
+    """A mean of logarithms for a person: the geometric mean, and its interval as a factor; a dash where all
+    were there at the start."""
+    if found["mean"] is None:
+        return "-"
     middle = math.exp(found["mean"]) * scale
     return f"{middle:.2f}" + ("" if found["half"] is None else f" x/ {math.exp(found['half']):.2f}")
+
+
+def percent(found: Mapping[str, Any]) -> str:
+    return f"{100 * found['mean']:.0f}" + ("" if found["half"] is None else f" ± {100 * found['half']:.0f}")
 
 
 def page(result: Mapping[str, Any]) -> str:
     """The arms, then the claims."""
     rows = []
     for label, row in result["arms"].items():
-        cells = {"arm": label}
+        cells = {"arm": label, "start %": percent(row["start"])}
         for level in (f"{level:.0%}" for level in LEVELS):
             found, seeds = row[level], row["seeds"]
             bound = "" if found["reached"] == seeds else "> "
             cells[f"TFLOP to {level}"] = f"{bound}{factor(found, 1e-12)} ({found['reached']} of {seeds})"
         claimed = row[f"{CLAIMED:.0%}"]
+        known = row["teacher"] and claimed["mean"] is not None
         bound = "" if claimed["reached"] == row["seeds"] else "> "
-        with_teacher = (row["teacher"] + math.exp(claimed["mean"])) / 1e12
-        cells[f"to {CLAIMED:.0%}, teacher trained"] = f"{bound}{with_teacher:.2f}" if row["teacher"] else "-"
-        best = row["best"]
-        cells["best %"] = f"{100 * best['mean']:.0f}" + (
-            "" if best["half"] is None else f" ± {100 * best['half']:.0f}"
+        with_teacher = f"{bound}{(row['teacher'] + math.exp(claimed['mean'])) / 1e12:.2f}" if known else "-"
+        rows.append(
+            cells | {f"to {CLAIMED:.0%}, teacher trained": with_teacher, "best %": percent(row["best"])}
         )
-        rows.append(cells)
     about = (
         "Compute to a level of sampled success on validation tasks: geometric mean over seeds, x/ its 95 % "
         "t-interval, and how many seeds got there; with `>` the others count as what they had spent at their "
-        "last evaluation."
+        "last evaluation. A seed that is at a level from the start counts as there, and is not in its mean."
     )
     lines = [
-        f"- {name}: **{one['verdict']}**, {one['share']:g} of b over a {factor(one)} ({one['seeds']} seeds; "
-        + ", ".join(f"{arm} {n}" for arm, n in one["reached"].items())
+        f"- {name}: **{one['verdict']}**, {one['share']:g} of b over a {factor(one)} at {one['level']:.0%} "
+        f"({one['seeds']} seeds; " + ", ".join(f"{arm} {n}" for arm, n in one["reached"].items())
         + " reached it)."
         for name, one in result["claims"].items()
-    ]
+    ]  # fmt: skip
     return markdown(about, result, rows) + "\n" + "\n".join(lines) + "\n"
 
 
-def tune(jobs: int) -> None:
+def tune(file: Path, jobs: int) -> None:
     """Every arm at its three rates, on a seed of its own, up to 0.4 TFLOP; prints which is best."""
-    given, _ = load_sweep(SWEEP)
-    runs = {"cold_start": given.runs["cold_start"].model_dump()}
+    given, _ = load_sweep(file)
+    runs = {label: run.model_dump() for label, run in given.runs.items() if run.student is None}
     for label, run in given.runs.items():
         for rate in RATES[label in BY_REWARD] if run.student else ():
             overrides = [*run.set, f"trainer.learning_rate={rate}", "trainer.flops=4.0e+11"]
             runs[f"{label}_{rate}"] = run.model_dump() | {"set": overrides}
-    tuning = given.model_dump() | {"name": "compute_tuning", "seeds": [10], "runs": runs}
-    file = Path("runs/compute_tuning.yaml")
+    tuning = given.model_dump() | {
+        "name": f"{given.name}_tuning",
+        "output": None,
+        "seeds": [10],
+        "runs": runs,
+    }
+    file = Path(f"runs/{given.name}_tuning.yaml")
     file.parent.mkdir(exist_ok=True)
     write_whole(file, yaml.safe_dump(tuning, sort_keys=False))
-    call(SWEEP.with_name("sweep.py"), file, "--jobs", jobs)
+    call(Path(__file__).with_name("sweep.py"), file, "--jobs", jobs)
     found = {cell.label: curve(read_run(cell.folder)) for cell in load_sweep(file)[1] if cell.after}
     for label, points in found.items():
         flops = spent(points, LEVELS[0])
@@ -165,31 +218,46 @@ def call(*command: object) -> None:
         raise typer.Exit(code)
 
 
+def teachers(cells: Sequence[Cell]) -> dict[str, float]:
+    """FLOPs of the training of each teacher of these cells; what is not trained is."""
+    models = [cell.config.teacher.model for cell in cells if cell.config.teacher is not None]
+    names = sorted({Path(model).name for model in models if model is not None})
+    for name in names:
+        call("-m", "opd_agents", "train", *TEACHERS[name], f"output={TRAINED / name}", "--resume")
+    return {name: read_run(TRAINED / name).metrics[-1]["total/flops"] for name in names}
+
+
 def main(
+    study: Annotated[str, typer.Argument(help=f"One of {', '.join(CLAIMS)}.")] = "compute",
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
     tuning: Annotated[bool, typer.Option("--tune", help="Try three rates an arm instead.")] = False,
-    out: Annotated[Path, typer.Option(help="Where compute.* goes.")] = Path("benchmarks/results"),
+    out: Annotated[Path, typer.Option(help="Where STUDY.* goes.")] = Path("benchmarks/results"),
 ) -> None:
     """Train what is missing, and say what was found."""
+    if study not in CLAIMS:
+        raise typer.BadParameter(f"no study {study!r}; there are {', '.join(CLAIMS)}")
+    file = Path(__file__).with_name(f"{study}.yaml")
+    sweep, cells = load_sweep(file)
+    costs = teachers(cells)
     if tuning:
-        return tune(jobs)
-    sweep, cells = load_sweep(SWEEP)
-    teacher = sweep.folder / "teacher"  # the shipped one again, for what it cost
-    call("-m", "opd_agents", "train", "orderdesk_teacher", f"output={teacher}", "--resume")
-    call(SWEEP.with_name("sweep.py"), SWEEP, "--jobs", jobs)
+        return tune(file, jobs)
+    call(file.with_name("sweep.py"), file, "--jobs", jobs)
     curves: dict[str, dict[int, Curve]] = {}
     for cell in (cell for cell in cells if cell.after is not None):
         curves.setdefault(cell.label, {})[cell.seed] = curve(read_run(cell.folder))
-    taught = {cell.label for cell in cells if cell.config.teacher is not None}
-    cost = read_run(teacher).metrics[-1]["total/flops"]
+    taught = {
+        cell.label: costs[Path(cell.config.teacher.model).name]
+        for cell in cells
+        if cell.config.teacher is not None and cell.config.teacher.model is not None
+    }
     result = {
         "seeds": len(sweep.seeds),
-        "teacher": f"{cost / 1e12:.2f} TFLOP",
-        "arms": {label: arm(found, cost * (label in taught)) for label, found in curves.items()},
-        "claims": {name: claim(curves, *one) for name, one in CLAIMS.items()},
+        **{name: f"{cost / 1e12:.2f} TFLOP" for name, cost in costs.items()},
+        "arms": {label: arm(found, taught.get(label, 0.0)) for label, found in curves.items()},
+        "claims": {name: claim(curves, *one) for name, one in CLAIMS[study].items()},
     }
-    keep(out, "compute", result, page(result))
-    shutil.copy(sweep.folder / "results.svg", out / "compute.svg")
+    keep(out, study, result, page(result))
+    shutil.copy(sweep.folder / "results.svg", out / f"{study}.svg")
     print(page(result), end="")
 
 

@@ -122,9 +122,7 @@ def _tried(config: RunConfig, episodes: int, folder: str) -> RunConfig:
     most = max(1, episodes // rollout.group_size) * rollout.group_size
     few = rollout.model_copy(update={"episodes_per_step": min(rollout.episodes_per_step, most)})
     trainer = config.trainer.model_copy(update={"tensorboard": False})
-    return config.model_copy(
-        update={"rollout": few, "trainer": trainer, "evaluation": None, "output": f"{folder}/run"}
-    )
+    return config.model_copy(update={"rollout": few, "trainer": trainer, "output": f"{folder}/run"})
 
 
 def _folder(config: RunConfig) -> RunFolder:

@@ -179,6 +179,15 @@ def test_a_loss_without_a_gradient(tmp_path: Path, tiny_teacher: Path) -> None:
     assert "the gradient is zero" in found["loss"]
 
 
+def test_a_run_that_ends_by_its_validation_passes(tmp_path: Path, tiny_teacher: Path) -> None:
+    ends = {"steps": 4, "until": [{"metric": "eval/success", "above": 0.99}]}
+    evaluation = {"suite": tiny.SUITE, "limit": 3, "every": 2}
+    config = run(tmp_path, tiny_teacher, trainer=ends, evaluation=evaluation)
+    (found,) = check(config, rollouts=0)
+    assert found.passed, found.findings
+    assert not list(tmp_path.glob("run*"))
+
+
 def test_train_can_be_told_not_to_look(tmp_path: Path, tiny_teacher: Path) -> None:
     config = run(
         tmp_path, tiny_teacher, "trainer.steps=1",
