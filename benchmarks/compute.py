@@ -33,7 +33,7 @@ RATES = {False: (1e-3, 1.5e-3, 3e-3), True: (3e-4, 6e-4, 1e-3)}
 TRAINED = Path("runs/compute_teachers")
 TEACHERS = {  # by the last part of their path; the shipped one is trained again, for what it cost
     "orderdesk_teacher": ("orderdesk_teacher",),
-    "unreliable": ("orderdesk_teacher", "rollout.source=expert"),
+    "expert_only": ("orderdesk_teacher", "rollout.source=expert"),
     "babyai_teacher": ("babyai_teacher",),
 }
 CLAIMS: dict[str, dict[str, tuple[str, str, float, float]]] = {  # a below a share of b, at a level
@@ -60,15 +60,13 @@ CLAIMS: dict[str, dict[str, tuple[str, str, float, float]]] = {  # a below a sha
         "6 from 10 %, OPD below fresh demonstrations": ("opd_10", "sft_fresh_10", 1.0, CLAIMED),
         "7 from 70 %, OPD below fresh demonstrations": ("opd_70", "sft_fresh_70", 1.0, 0.8),
     },
-    "compute_unreliable": {
-        "1 OPD from the reliable below the unreliable teacher": ("opd", "opd_unreliable", 1.0, CLAIMED),
-        "2 fresh demonstrations of the unreliable teacher below OPD from it":
-            ("sft_fresh_unreliable", "opd_unreliable", 1.0, CLAIMED),
-        "3 OPD with GRPO below OPD, both from the unreliable teacher":
-            ("opd_grpo_unreliable", "opd_unreliable", 1.0, CLAIMED),
-        "4 verified SCoRe below OPD, both from the unreliable teacher":
-            ("score_verified_unreliable", "opd_unreliable", 1.0, CLAIMED),
-        "5 OPD from the unreliable teacher below GRPO": ("opd_unreliable", "grpo", 1.0, CLAIMED),
+    "compute_teacher": {
+        "1 OPD below OPD from the teacher of the expert only": ("opd", "opd_expert_only", 1.0, CLAIMED),
+        "2 OPD from the latter below GRPO": ("opd_expert_only", "grpo", 1.0, CLAIMED),
+        "3 OPD with GRPO below OPD, both from the latter":
+            ("opd_grpo_expert_only", "opd_expert_only", 1.0, CLAIMED),
+        "4 verified SCoRe below OPD, both from the latter":
+            ("score_verified_expert_only", "opd_expert_only", 1.0, CLAIMED),
     },
     "compute_babyai": {
         "1 OPD below GRPO": ("opd", "grpo", 1.0, CLAIMED),
