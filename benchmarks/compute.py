@@ -11,7 +11,6 @@ compute_teacher (one that never was off the track), compute_babyai (another worl
 from __future__ import annotations
 
 import math
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from figures import keep, markdown, over_seeds, verdict
+from figures import keep, markdown, over_seeds, svg, verdict
 from sweep import Cell, load_sweep
 
 from opd_agents.report.reading import Run, number, read_run
@@ -185,6 +184,29 @@ def page(result: Mapping[str, Any]) -> str:
     return markdown(about, result, rows) + "\n" + "\n".join(lines) + "\n"
 
 
+def plot(curves: Mapping[str, Mapping[int, Curve]], levels: Mapping[str, float]) -> str:
+    """SVG: what every seed of an arm spent to the arm's level; a triangle for all that one spent which did
+    not get there."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 0.9 + 0.27 * len(curves)), layout="constrained")
+    axes = figure.add_subplot()
+    for place, (label, of_seeds) in enumerate(curves.items()):
+        for points in of_seeds.values():
+            flops = spent(points, levels[label])
+            if flops is None:
+                axes.plot(points[-1][0], place, ">", color="C3", fillstyle="none", alpha=0.8)
+            else:
+                axes.plot(flops, place, "o", color="C0", alpha=0.6)
+    axes.set_yticks(
+        range(len(curves)), [f"{label.replace('_', ' ')}, {levels[label]:.0%}" for label in curves]
+    )
+    axes.set(xscale="log", xlabel="FLOPs to the level of success; triangles: spent, and not there")
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3, which="both")
+    return svg(figure, "compute")
+
+
 def tune(file: Path, jobs: int) -> None:
     """Every arm at its three rates, on a seed of its own, up to 0.4 TFLOP; prints which is best."""
     given, _ = load_sweep(file)
@@ -255,7 +277,9 @@ def main(
         "claims": {name: claim(curves, *one) for name, one in CLAIMS[study].items()},
     }
     keep(out, study, result, page(result))
-    shutil.copy(sweep.folder / "results.svg", out / f"{study}.svg")
+    asked = {arm: level for a, b, _, level in CLAIMS[study].values() for arm in (a, b)}
+    levels = {label: asked.get(label, CLAIMED) for label in curves}
+    write_whole(out / f"{study}.svg", plot(curves, levels))
     print(page(result), end="")
 
 

@@ -5,12 +5,12 @@ A *point* is an arm, a setting and a seed with their figures.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from exposure_bias_chain import HORIZONS
+from figures import svg
 
 from opd_agents.report.groups import mean_over_seeds
 
@@ -134,7 +134,6 @@ def _words(name: str) -> str:
 def plot(points: Sequence[Mapping[str, Any]]) -> str:
     """SVG: cost over error against the horizon in three settings, and the excess cost of a wrong first key;
     geometric means over seeds, with their least and most."""
-    import matplotlib
     from matplotlib.figure import Figure
 
     sheet = Figure(figsize=(13, 4.4), layout="constrained")
@@ -164,7 +163,4 @@ def plot(points: Sequence[Mapping[str, Any]]) -> str:
         axes.xaxis.minorticks_off()
         axes.grid(alpha=0.3)
     sheet.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
-    text = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "exposure_bias"}):  # the same figures, the same file
-        sheet.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()
+    return svg(sheet, "exposure_bias")

@@ -7,7 +7,6 @@ Writes failure_modes.json, .md and .svg; cells that are finished are not trained
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import shutil
@@ -20,7 +19,7 @@ from statistics import mean
 from typing import Annotated, Any, TypeAlias
 
 import typer
-from figures import keep, markdown, over_seeds, plus_minus, verdict
+from figures import keep, markdown, over_seeds, plus_minus, svg, verdict
 from safetensors.torch import load_file, save_file
 from sweep import Cell, load_sweep
 
@@ -129,7 +128,6 @@ def page(result: Mapping[str, Any]) -> str:
 
 def plot(arms: Arms) -> str:
     """SVG: a panel a world, its figure of every seed, and the mean."""
-    import matplotlib
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(10, 3.4), layout="constrained")
@@ -143,10 +141,7 @@ def plot(arms: Arms) -> str:
         axes.set_xticks(range(len(labels)), names, rotation=30, ha="right")
         axes.set(title=f"{world}: {name}", ylim=(0, 1.02))
         axes.grid(alpha=0.3, axis="y")
-    text = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "failure_modes"}):  # the same results, the same file
-        drawn.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()
+    return svg(drawn, "failure_modes")
 
 
 def main(

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich.box
 from rich.console import Console
 from rich.table import Table
 
 from opd_agents.report.groups import mean_over_seeds
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -81,3 +85,13 @@ def keep(out: Path, name: str, result: Mapping[str, Any], page: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (out / f"{name}.md").write_text(page, encoding="utf-8")
+
+
+def svg(figure: Figure, name: str) -> str:
+    """Of the same figures the same text; ``name`` keeps its ids apart from another's on one page."""
+    import matplotlib
+
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()

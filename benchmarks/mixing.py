@@ -7,7 +7,6 @@ Writes mixing.json, .md and .svg; cells that are finished are not trained again.
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from figures import markdown, plus_minus, verdict, write
+from figures import markdown, plus_minus, svg, verdict, write
 from sweep import load_sweep
 
 SWEEP = Path(__file__).with_name("mixing.yaml")
@@ -53,7 +52,6 @@ def page(result: Mapping[str, Any]) -> str:
 
 def plot(arms: Mapping[str, Mapping[str, Any]]) -> str:
     """SVG: greedy success with its interval, of the ratios, and beside them of the gates."""
-    import matplotlib
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.6), layout="constrained")
@@ -71,10 +69,7 @@ def plot(arms: Mapping[str, Mapping[str, Any]]) -> str:
     left.set(xscale="log", xlabel="reward : teacher", ylabel="greedy success")
     left.legend(frameon=False)
     right.set_xticks(places[1], names, rotation=25, ha="right")
-    text = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "mixing"}):  # the same results, the same file
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()
+    return svg(figure, "mixing")
 
 
 def main(

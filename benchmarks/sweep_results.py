@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from figures import svg
 from rich.table import Table
 
 from opd_agents.evaluation.rates import t_factor
@@ -122,10 +123,7 @@ def plot(folder: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     axes.grid(alpha=0.3)
     if runs:
         figure.legend(frameon=False, loc="outside right upper")
-    text = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "sweep"}):  # the same results, the same file
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()
+    return svg(figure, "sweep")
 
 
 def _curve(run: Run, key: str) -> Curve:

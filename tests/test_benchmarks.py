@@ -381,13 +381,25 @@ def test_the_correction_benchmark_audits_every_proposal_and_goes_back_in_all_way
     assert "| random calls " in page and "| ShopText " in page
 
 
+COMPUTE = Path(benchmark.__file__).with_name("compute.yaml")
+
+
+@pytest.mark.parametrize("study", compute.CLAIMS)
+def test_the_claims_of_a_study_are_about_its_runs(study: str) -> None:
+    given, cells = sweep.load_sweep(COMPUTE.with_name(f"{study}.yaml"))
+    trained = {label for label, one in given.runs.items() if one.student is not None}
+    assert {arm for a, b, _, _ in compute.CLAIMS[study].values() for arm in (a, b)} <= trained
+    models = {cell.config.teacher.model for cell in cells if cell.config.teacher and cell.config.teacher.model}
+    assert {Path(model).name for model in models} <= compute.TEACHERS.keys()
+
+
 def test_tuning_tries_three_rates_of_every_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     told: list[tuple[object, ...]] = []
     monkeypatch.setattr(compute, "call", lambda *command: told.append(command))
     with pytest.raises(UserError, match="no run folder"):  # none was trained here
-        compute.tune(1)
-    given, _ = sweep.load_sweep(compute.SWEEP)
+        compute.tune(COMPUTE, 1)
+    given, _ = sweep.load_sweep(COMPUTE)
     tuned, cells = sweep.load_sweep(Path(str(told[0][1])))
     assert len(cells) == len(tuned.runs) == 1 + 3 * (len(given.runs) - 1)
     rates = {cell.label: cell.config.trainer.learning_rate for cell in cells if cell.after}
@@ -402,12 +414,19 @@ def test_compute_to_a_level_is_interpolated_and_what_nobody_reached_decides_noth
     slow = {seed: [(0.0, 0.3), (200.0 + seed, 0.7)] for seed in range(5)}
     never = {seed: [(0.0, 0.3), (100.0, 0.5)] for seed in range(5)}
     curves = {"quick": quick, "slow": slow, "never": never}
-    ends = {pair: compute.claim(curves, *pair, 1.0)["verdict"] for pair in itertools.permutations(curves, 2)}
+    ends = {pair: compute.claim(curves, *pair, 1.0, 0.7)["verdict"] for pair in itertools.permutations(curves, 2)}
     assert ends["quick", "slow"] == ends["quick", "never"] == "reproduced"
     assert ends["slow", "quick"] == ends["never", "quick"] == "contradicted"
     assert ends["never", "slow"] == "undecided"  # 100 is all that it spent
-    assert compute.claim(curves, "quick", "never", 0.1)["verdict"] == "undecided"
+    assert compute.claim(curves, "quick", "never", 0.1, 0.7)["verdict"] == "undecided"
+    assert compute.claim(curves, "never", "quick", 1.0, 0.4)["reached"] == {"never": 5, "quick": 5}
     found = compute.arm(never, 2e12)
     assert found["70%"]["reached"] == 0 and found["best"]["mean"] == 0.5
     page = compute.page({"arms": {"never": found}, "claims": {}})
     assert "> 0.00 x/ 1.00 (0 of 5)" in page and "> 2.00" in page
+    there = compute.arm({seed: [(0.0, 0.8), (5.0, 0.9)] for seed in range(2)}, 2e12)
+    assert there["70%"] == {"mean": None, "half": None, "seeds": 0, "reached": 2}
+    page = compute.page({"arms": {"there": there}, "claims": {}})
+    assert "- (2 of 2)" in page and "80 ± 0" in page
+    drawn = compute.plot(curves | {"there": {0: [(0.0, 0.8)]}}, dict.fromkeys([*curves, "there"], 0.7))
+    assert drawn.count("#d62728") == 1 + len(never)  # the triangle's own style, and one a seed
