@@ -13,7 +13,7 @@ from typing import Any
 from opd_agents import envs
 from opd_agents.config import Correction, Preference, RunConfig, load_config
 from opd_agents.errors import OpdError, UserError
-from opd_agents.report.examples import nouns
+from opd_agents.report.examples import environment_name, nouns
 from opd_agents.report.reading import Run, read_jsonl, read_run, repaired
 from opd_agents.types import Credit, Trajectory
 
@@ -143,11 +143,9 @@ def _explained(run: Run, file: Path, line: Mapping[str, Any]) -> Explained:
     uid = line["trajectory"]["uid"]
     branches = [other for other in read_jsonl(file) if _learned_from(other["trajectory"], uid)]
     episode, *others = (_told({**one, "path": file}, config) for one in (line, *branches))
-    task = episode.trajectory.task
-    return Explained(
-        f"step {_step(file)}, {task.split} task {task.id} of {episode.trajectory.env_id}", episode,
-        line["repair"], others, config.correction,
-    )  # fmt: skip
+    task, environment = episode.trajectory.task, environment_name(episode.trajectory)
+    title = f"step {_step(file)}, {task.split} task {task.id} of {environment}"
+    return Explained(title, episode, line["repair"], others, config.correction)
 
 
 def _learned_from(trajectory: Mapping[str, Any], uid: str) -> bool:

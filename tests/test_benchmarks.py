@@ -389,7 +389,9 @@ def test_the_claims_of_a_study_are_about_its_runs(study: str) -> None:
     given, cells = sweep.load_sweep(COMPUTE.with_name(f"{study}.yaml"))
     trained = {label for label, one in given.runs.items() if one.student is not None}
     assert {arm for a, b, _, _ in compute.CLAIMS[study].values() for arm in (a, b)} <= trained
-    models = {cell.config.teacher.model for cell in cells if cell.config.teacher and cell.config.teacher.model}
+    models = {
+        cell.config.teacher.model for cell in cells if cell.config.teacher and cell.config.teacher.model
+    }
     assert {Path(model).name for model in models} <= compute.TEACHERS.keys()
 
 
@@ -414,7 +416,9 @@ def test_compute_to_a_level_is_interpolated_and_what_nobody_reached_decides_noth
     slow = {seed: [(0.0, 0.3), (200.0 + seed, 0.7)] for seed in range(5)}
     never = {seed: [(0.0, 0.3), (100.0, 0.5)] for seed in range(5)}
     curves = {"quick": quick, "slow": slow, "never": never}
-    ends = {pair: compute.claim(curves, *pair, 1.0, 0.7)["verdict"] for pair in itertools.permutations(curves, 2)}
+    ends = {
+        pair: compute.claim(curves, *pair, 1.0, 0.7)["verdict"] for pair in itertools.permutations(curves, 2)
+    }
     assert ends["quick", "slow"] == ends["quick", "never"] == "reproduced"
     assert ends["slow", "quick"] == ends["never", "quick"] == "contradicted"
     assert ends["never", "slow"] == "undecided"  # 100 is all that it spent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -159,6 +160,18 @@ def test_without_a_tokenizer_there_are_texts_and_the_page_says_so(tmp_path: Path
     assert "No tokenizer of theirs was found in the folder" in page(report).text
     turns = [t for body in data_of(report)["sample"].values() for t in body["turns"]]
     assert turns and not any("sizes" in one for one in turns)
+
+
+def test_an_environment_with_different_options_is_two(tmp_path: Path) -> None:
+    rng, tasks = np.random.default_rng(0), ("click-button", "click-tab")
+    played = [dataclasses.replace(episode("0", True, name), env_kwargs={"task": name}) for name in tasks]
+    write_lines(tmp_path / "run" / "metrics.jsonl", [{"step": 1, "loss": 1.0}])
+    rows = [line(rng, one) for one in played]
+    write_lines(tmp_path / "run" / "trajectories" / "step-000003.jsonl", rows)
+    data = data_of(write_report([tmp_path / "run"]))
+    env_id = played[0].env_id
+    assert data["environments"] == [f"{env_id} task={name}" for name in tasks]
+    assert [row[1] for row in data["rows"]] == [0, 1]
 
 
 def test_differences_are_of_words() -> None:

@@ -87,7 +87,7 @@ class Suite(Section):
         return {
             (e.id, to_json(e.options)): e.id
             if ids.count(e.id) == 1
-            else f"{e.id} {_shown(e.options)}".rstrip()
+            else f"{e.id} {shown_options(e.options)}".rstrip()
             for e in self.environments
         }
 
@@ -132,7 +132,8 @@ class Suite(Section):
         ]
 
 
-def _shown(options: Mapping[str, Any]) -> str:
+def shown_options(options: Mapping[str, Any]) -> str:
+    """An environment's, for a person: ``level=easy``."""
     return " ".join(
         f"{key}={','.join(map(str, value)) if isinstance(value, list) else value}"
         for key, value in options.items()

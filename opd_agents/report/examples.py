@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_agents.errors import RunFolderError
+from opd_agents.evaluation.suites import shown_options
 from opd_agents.report.groups import Group
 from opd_agents.report.reading import Run, number, read_jsonl, repaired
 from opd_agents.types import Actor, Credit, Outcome, SpanKind, StopReason, Trajectory, Turn, from_dict
@@ -190,11 +191,16 @@ def _pair(before: Mapping[str, Any], after: Mapping[str, Any]) -> Pair:
     trajectory, _ = nouns(before)
     return Pair(
         task=f"{trajectory.task.split} task {trajectory.task.id}",
-        env=trajectory.env_id,
+        env=environment_name(trajectory),
         request=_request(trajectory),
         before=_episode(*nouns(before)),
         after=_episode(*nouns(after)),
     )
+
+
+def environment_name(trajectory: Trajectory) -> str:
+    """With its options, which tell apart those that each have a task 0."""
+    return f"{trajectory.env_id} {shown_options(trajectory.env_kwargs)}".rstrip()
 
 
 def nouns(line: Mapping[str, Any]) -> tuple[Trajectory, tuple[Credit, ...]]:

@@ -15,7 +15,7 @@ from typing import Any
 from opd_agents.alarms import WINDOW, alarms
 from opd_agents.report.episode_data import episode_data, first_error, mean_kl
 from opd_agents.report.escaping import script_json, visible
-from opd_agents.report.examples import nouns, proposer, unreadable
+from opd_agents.report.examples import environment_name, nouns, proposer, unreadable
 from opd_agents.report.groups import Group
 from opd_agents.report.pieces import Pieces, pieces_of_policy, pieces_of_run
 from opd_agents.report.reading import HOW, number, read_jsonl, repaired
@@ -23,7 +23,7 @@ from opd_agents.types import ActionFeedback, Outcome, Trajectory, from_dict
 
 MOST = 10_000  # trajectories
 MOST_BYTES = 160_000_000  # of trajectory files that are read: a side file has about a third of that
-MOST_NAME = 120  # characters of a task's name
+MOST_NAME = 120  # characters of the name of a task or an environment
 SAMPLE_BYTES = 1_500_000  # of the trajectories in the page
 OUTCOMES = tuple(Outcome)
 
@@ -149,7 +149,7 @@ def _episodes(source: Source, share: float, numbers: Iterator[int]) -> Iterator[
             raise unreadable(source.path, error) from error
         kl = mean_kl(trajectory, credits)
         row = {
-            "environment": trajectory.env_id,
+            "environment": visible(environment_name(trajectory)[:MOST_NAME]),
             "uid": visible(trajectory.uid),
             "task": visible(f"{trajectory.task.split} {trajectory.task.id}"[:MOST_NAME]),
             "outcome": OUTCOMES.index(trajectory.outcome),

@@ -108,6 +108,7 @@
     if (row.error) facts.push(`error at ${row.error}`);
     if (row.step) facts.unshift(`step ${row.step}`);
     if (!row.step || !oneStage) facts.push(row.part);
+    if (data.environments.length > 1) facts.push(data.environments[row.environment]);
     const made = make("div", { class: "row", role: "option", id: `row-${i}`, "aria-setsize": state.shown.length,
       "aria-posinset": i + 1, "aria-selected": i === state.at ? "true" : "false" },
     make("span", { class: "line" }, badge(data.outcomes[row.outcome], outcomeKind(row)),
