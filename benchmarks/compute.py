@@ -195,15 +195,19 @@ def plot(curves: Mapping[str, Mapping[int, Curve]], levels: Mapping[str, float])
         for points in of_seeds.values():
             flops = spent(points, levels[label])
             if flops is None:
-                axes.plot(points[-1][0], place, ">", color="C3", fillstyle="none", alpha=0.8)
+                axes.plot(points[-1][0] / 1e12, place, ">", color="C3", fillstyle="none", alpha=0.8)
             else:
-                axes.plot(flops, place, "o", color="C0", alpha=0.6)
+                axes.plot(flops / 1e12, place, "o", color="C0", alpha=0.6)
     axes.set_yticks(
         range(len(curves)), [f"{label.replace('_', ' ')}, {levels[label]:.0%}" for label in curves]
     )
-    axes.set(xscale="log", xlabel="FLOPs to the level of success; triangles: spent, and not there")
+    axes.set(xscale="log", xlabel="TFLOP to the level of success; triangles: spent, and not there")
+    least, most = axes.get_xlim()
+    ticks = [x for x in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) if least <= x <= most]
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axes.xaxis.minorticks_off()
     axes.invert_yaxis()
-    axes.grid(alpha=0.3, which="both")
+    axes.grid(alpha=0.3)
     return svg(figure, "compute")
 
 
