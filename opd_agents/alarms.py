@@ -226,7 +226,9 @@ def _mask_error(rows: Rows, component: str) -> Seen:
             yield step, f"`select.spans` takes {now[spans]:.1%} of the tokens that it may choose from"
     kept = _measured(rows, [chosen])[: 2 * WINDOW]
     if len(kept) == 2 * WINDOW and not any(row[chosen] for row in kept):
-        yield kept[-1]["step"], f"it has selected no token in {len(kept)} steps"
+        refused = all(row.get("correction/accepted") == 0 for row in kept)
+        why = ", in which no repair was accepted" if refused else ""
+        yield kept[-1]["step"], f"it has selected no token in {len(kept)} steps{why}"
 
 
 def _lopsided_advantage(rows: Rows, component: str) -> Seen:

@@ -212,6 +212,9 @@ def test_a_component_that_never_saw_a_token() -> None:
     rows = [row | {"selected/correction": 0.0} for row in healthy()]
     (alarm,) = alarms(rows)
     assert (alarm.name, alarm.about, alarm.step) == ("mask_error", "correction", 2 * WINDOW)
+    assert alarm.seen == "it has selected no token in 10 steps"
+    (alarm,) = alarms([row | {"correction/accepted": 0} for row in rows])
+    assert alarm.seen == "it has selected no token in 10 steps, in which no repair was accepted"
     rows[3]["selected/correction"] = 0.01
     assert alarms(rows) == ()
 
