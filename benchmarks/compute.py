@@ -15,12 +15,12 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 import yaml
 from figures import keep, markdown, over_seeds, svg, verdict
-from sweep import Cell, load_sweep
+from sweep import load_sweep
 
 from opd_agents.report.reading import Run, number, read_run
 from opd_agents.runs import write_whole
@@ -35,49 +35,60 @@ TEACHERS = {  # by the last part of their path; the shipped one is trained again
     "expert_only": ("orderdesk_teacher", "rollout.source=expert"),
     "babyai_teacher": ("babyai_teacher",),
 }
-CLAIMS: dict[str, dict[str, tuple[str, str, float, float]]] = {  # a below a share of b, at a level
+
+
+class Claim(NamedTuple):
+    """Arm ``a`` needs less than the ``share`` of what arm ``b`` needs to the ``level``."""
+
+    a: str
+    b: str
+    share: float = 1.0
+    level: float = CLAIMED
+
+
+CLAIMS: dict[str, dict[str, Claim]] = {
     "compute": {
-        "1 fresh demonstrations below fixed ones": ("sft_fresh", "sft_fixed", 1.0, CLAIMED),
-        "2 verified SCoRe below GRPO": ("score_verified", "grpo", 1.0, CLAIMED),
-        "3 verified SCoRe below the published form": ("score_verified", "score", 1.0, CLAIMED),
-        "4 verified SCoRe below student retry": ("score_verified", "student_retry", 1.0, CLAIMED),
-        "5 fresh demonstrations below verified SCoRe": ("sft_fresh", "score_verified", 1.0, CLAIMED),
-        "6 OPD below GRPO": ("opd", "grpo", 1.0, CLAIMED),
-        "7 OPD below a tenth of GRPO": ("opd", "grpo", 0.1, CLAIMED),
-        "8 OPD below fresh demonstrations": ("opd", "sft_fresh", 1.0, CLAIMED),
-        "9 OPD with GRPO below OPD": ("opd_grpo", "opd", 1.0, CLAIMED),
-        "10 OPD, then RL, below OPD": ("opd_then_rl", "opd", 1.0, CLAIMED),
-        "11 verified SCoRe below own successes": ("score_verified", "own_successes", 1.0, CLAIMED),
-        "12 own successes below GRPO": ("own_successes", "grpo", 1.0, CLAIMED),
+        "1 fresh demonstrations below fixed ones": Claim("sft_fresh", "sft_fixed"),
+        "2 verified SCoRe below GRPO": Claim("score_verified", "grpo"),
+        "3 verified SCoRe below the published form": Claim("score_verified", "score"),
+        "4 verified SCoRe below student retry": Claim("score_verified", "student_retry"),
+        "5 fresh demonstrations below verified SCoRe": Claim("sft_fresh", "score_verified"),
+        "6 OPD below GRPO": Claim("opd", "grpo"),
+        "7 OPD below a tenth of GRPO": Claim("opd", "grpo", share=0.1),
+        "8 OPD below fresh demonstrations": Claim("opd", "sft_fresh"),
+        "9 OPD with GRPO below OPD": Claim("opd_grpo", "opd"),
+        "10 OPD, then RL, below OPD": Claim("opd_then_rl", "opd"),
+        "11 verified SCoRe below own successes": Claim("score_verified", "own_successes"),
+        "12 own successes below GRPO": Claim("own_successes", "grpo"),
     },
     "compute_starts": {
-        "1 from 2 %, OPD below GRPO": ("opd_2", "grpo_2", 1.0, CLAIMED),
-        "2 from 10 %, OPD below GRPO": ("opd_10", "grpo_10", 1.0, CLAIMED),
-        "3 from 70 %, OPD below GRPO": ("opd_70", "grpo_70", 1.0, 0.8),
-        "4 from 70 %, OPD below a tenth of GRPO": ("opd_70", "grpo_70", 0.1, 0.8),
-        "5 from 2 %, OPD below fresh demonstrations": ("opd_2", "sft_fresh_2", 1.0, CLAIMED),
-        "6 from 10 %, OPD below fresh demonstrations": ("opd_10", "sft_fresh_10", 1.0, CLAIMED),
-        "7 from 70 %, OPD below fresh demonstrations": ("opd_70", "sft_fresh_70", 1.0, 0.8),
+        "1 from 2 %, OPD below GRPO": Claim("opd_2", "grpo_2"),
+        "2 from 10 %, OPD below GRPO": Claim("opd_10", "grpo_10"),
+        "3 from 70 %, OPD below GRPO": Claim("opd_70", "grpo_70", level=0.8),
+        "4 from 70 %, OPD below a tenth of GRPO": Claim("opd_70", "grpo_70", share=0.1, level=0.8),
+        "5 from 2 %, OPD below fresh demonstrations": Claim("opd_2", "sft_fresh_2"),
+        "6 from 10 %, OPD below fresh demonstrations": Claim("opd_10", "sft_fresh_10"),
+        "7 from 70 %, OPD below fresh demonstrations": Claim("opd_70", "sft_fresh_70", level=0.8),
     },
     "compute_teacher": {
-        "1 OPD below OPD from the teacher of the expert only": ("opd", "opd_expert_only", 1.0, CLAIMED),
-        "2 OPD from the latter below GRPO": ("opd_expert_only", "grpo", 1.0, CLAIMED),
+        "1 OPD below OPD from the teacher of the expert only": Claim("opd", "opd_expert_only"),
+        "2 OPD from the latter below GRPO": Claim("opd_expert_only", "grpo"),
         "3 OPD with GRPO below OPD, both from the latter":
-            ("opd_grpo_expert_only", "opd_expert_only", 1.0, CLAIMED),
+            Claim("opd_grpo_expert_only", "opd_expert_only"),
         "4 verified SCoRe below OPD, both from the latter":
-            ("score_verified_expert_only", "opd_expert_only", 1.0, CLAIMED),
+            Claim("score_verified_expert_only", "opd_expert_only"),
     },
     "compute_babyai": {
-        "1 OPD below GRPO": ("opd", "grpo", 1.0, CLAIMED),
-        "2 OPD below a tenth of GRPO": ("opd", "grpo", 0.1, CLAIMED),
-        "3 OPD below fresh demonstrations": ("opd", "sft_fresh", 1.0, CLAIMED),
-        "4 OPD with GRPO below OPD": ("opd_grpo", "opd", 1.0, CLAIMED),
-        "5 fresh demonstrations below fixed ones": ("sft_fresh", "sft_fixed", 1.0, CLAIMED),
-        "6 verified SCoRe below GRPO": ("score_verified", "grpo", 1.0, CLAIMED),
-        "7 verified SCoRe below OPD": ("score_verified", "opd", 1.0, CLAIMED),
-        "8 verified SCoRe below student retry": ("score_verified", "student_retry", 1.0, CLAIMED),
-        "9 verified SCoRe below own successes": ("score_verified", "own_successes", 1.0, CLAIMED),
-        "10 own successes below GRPO": ("own_successes", "grpo", 1.0, CLAIMED),
+        "1 OPD below GRPO": Claim("opd", "grpo"),
+        "2 OPD below a tenth of GRPO": Claim("opd", "grpo", share=0.1),
+        "3 OPD below fresh demonstrations": Claim("opd", "sft_fresh"),
+        "4 OPD with GRPO below OPD": Claim("opd_grpo", "opd"),
+        "5 fresh demonstrations below fixed ones": Claim("sft_fresh", "sft_fixed"),
+        "6 verified SCoRe below GRPO": Claim("score_verified", "grpo"),
+        "7 verified SCoRe below OPD": Claim("score_verified", "opd"),
+        "8 verified SCoRe below student retry": Claim("score_verified", "student_retry"),
+        "9 verified SCoRe below own successes": Claim("score_verified", "own_successes"),
+        "10 own successes below GRPO": Claim("own_successes", "grpo"),
     },
 }  # fmt: skip
 Curve = Sequence[tuple[float, float]]  # FLOPs so far, success on the validation tasks
@@ -242,13 +253,10 @@ def call(*command: object) -> None:
         raise typer.Exit(code)
 
 
-def teachers(cells: Sequence[Cell]) -> dict[str, float]:
-    """FLOPs of the training of each teacher of these cells; what is not trained is."""
-    models = [cell.config.teacher.model for cell in cells if cell.config.teacher is not None]
-    names = sorted({Path(model).name for model in models if model is not None})
-    for name in names:
-        call("-m", "opd_agents", "train", *TEACHERS[name], f"output={TRAINED / name}", "--resume")
-    return {name: read_run(TRAINED / name).metrics[-1]["total/flops"] for name in names}
+def trained(teacher: str) -> float:
+    """FLOPs of the training of one of `TEACHERS`; if it is not trained, it is now."""
+    call("-m", "opd_agents", "train", *TEACHERS[teacher], f"output={TRAINED / teacher}", "--resume")
+    return read_run(TRAINED / teacher).metrics[-1]["total/flops"]
 
 
 def main(
@@ -262,26 +270,29 @@ def main(
         raise typer.BadParameter(f"no study {study!r}; there are {', '.join(CLAIMS)}")
     file = Path(__file__).with_name(f"{study}.yaml")
     sweep, cells = load_sweep(file)
-    costs = teachers(cells)
+    taught = {
+        cell.label: Path(cell.config.teacher.model).name
+        for cell in cells
+        if cell.config.teacher is not None and cell.config.teacher.model is not None
+    }
+    costs = {name: trained(name) for name in sorted({*taught.values()})}
     if tuning:
         return tune(file, jobs)
     call(file.with_name("sweep.py"), file, "--jobs", jobs)
     curves: dict[str, dict[int, Curve]] = {}
     for cell in (cell for cell in cells if cell.after is not None):
         curves.setdefault(cell.label, {})[cell.seed] = curve(read_run(cell.folder))
-    taught = {
-        cell.label: costs[Path(cell.config.teacher.model).name]
-        for cell in cells
-        if cell.config.teacher is not None and cell.config.teacher.model is not None
-    }
     result = {
         "seeds": len(sweep.seeds),
         **{name: f"{cost / 1e12:.2f} TFLOP" for name, cost in costs.items()},
-        "arms": {label: arm(found, taught.get(label, 0.0)) for label, found in curves.items()},
+        "arms": {
+            label: arm(found, costs[taught[label]] if label in taught else 0.0)
+            for label, found in curves.items()
+        },
         "claims": {name: claim(curves, *one) for name, one in CLAIMS[study].items()},
     }
     keep(out, study, result, page(result))
-    asked = {arm: level for a, b, _, level in CLAIMS[study].values() for arm in (a, b)}
+    asked = {arm: one.level for one in CLAIMS[study].values() for arm in (one.a, one.b)}
     levels = {label: asked.get(label, CLAIMED) for label in curves}
     write_whole(out / f"{study}.svg", plot(curves, levels))
     print(page(result), end="")
